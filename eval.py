@@ -419,7 +419,8 @@ def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, 
         there = scene[CELLS.index(answer.place)]
         claims = [likeness(thing, there) for thing in answer.objects]
     else:
-        claims = [likeness(*pair) for pair in zip(answer.objects, things + (None,) * len(answer.objects))]
+        missing = (None,) * len(answer.objects)
+        claims = [likeness(*pair) for pair in zip(answer.objects, things + missing)]
     if answer.number:
         claims.append(float(answer.number == NUMBERS[len(things) - 1]))
     true = sum(claims) / len(claims)

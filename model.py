@@ -29,7 +29,9 @@ import copy
 import gzip
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -96,8 +98,12 @@ class Parser(argparse.ArgumentParser):
         shown = "" if default in (None, False) else f" (default: {default})"
         self.add_argument(name, default=default, help=help + shown, **kw)
 
-    def common_flags(self, steps: int | None, lr: float | None, batch_tokens: int):
-        """The flags that every training script shares; the rest stand in the script itself."""
+    def common_flags(self, **sized):
+        """The flags that every training script shares; the rest stand in the script itself.
+
+        `sized` gives the defaults that depend on the model, each as (tiny, full scale).
+        """
+        self.sized = {"codes": (64, 128), "idm_layers": (2, 4), "policy_layers": (2, 8), **sized}
         self.flag("--model", "tiny", "`tiny` (embedded), a Qwen2.5-VL folder or a hub id")
         self.flag("--task", "mini", "mini or a JSON(L) file of dialogues")
         self.flag("--paired", None, "corpora of dialogues with images (JSON, JSONL, .gz)",
@@ -109,36 +115,38 @@ class Parser(argparse.ArgumentParser):
         self.flag("--name", "", "suffix of this run's folder, for variants")
         self.flag("--parent", None, "run folder to start from instead of the usual predecessor")
         self.flag("--seed", 0, "seed of data order, noise and initial weights")
-        self.flag("--steps", steps, "optimiser steps", type=int)
-        self.flag("--lr", lr, "peak learning rate", type=float)
-        self.flag("--batch-tokens", batch_tokens, "tokens per optimiser step over all ranks, of "
-                                                  "each kind of corpus")
+        self.flag("--steps", None, "optimiser steps" + self.shown("steps"), type=int)
+        self.flag("--lr", None, "peak learning rate" + self.shown("lr"), type=float)
+        self.flag("--batch-tokens", None, "tokens per optimiser step over all ranks, of each "
+                  "kind of corpus" + self.shown("batch_tokens"), type=int)
         self.flag("--dtype", "auto", "dtype of the frozen backbone (auto: bfloat16 on CUDA)",
                   choices=("auto", "float32", "bfloat16"))
         self.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
         self.flag("--fresh", False, "delete this run's folder and start it again")
-        self.flag("--codes", 0, "|C|, size of the codebook (0: 128, tiny 64)")
-        self.flag("--idm-layers", 0, "layers of the inverse dynamics model (0: 4, tiny 2)")
-        self.flag("--policy-layers", 0, "layers of the policy (0: 8, tiny 2)")
+        self.flag("--codes", None, "|C|, size of the codebook" + self.shown("codes"), type=int)
+        self.flag("--idm-layers", None, "layers of the inverse dynamics model"
+                  + self.shown("idm_layers"), type=int)
+        self.flag("--policy-layers", None, "layers of the policy" + self.shown("policy_layers"),
+                  type=int)
         self.flag("--no-text", False, "ablation: no text-only rows")
         self.flag("--no-projector", False, "ablation: states of text-only rows are e^T itself")
         self.flag("--no-cycle", False, "ablation: no cycle loss on text-only rows")
 
+    def shown(self, name: str) -> str:
+        return " (default: {}, tiny {})".format(*reversed(self.sized[name]))
+
     def resolve(self, argv=None) -> argparse.Namespace:
-        """Parse, refuse unknown flags, and fill what depends on the model's size."""
-        args = self.parse_args(argv)
-        tiny = args.model == "tiny"
-        for name, full, small in (("codes", 128, 64), ("idm_layers", 4, 2),
-                                  ("policy_layers", 8, 2)):
-            value = getattr(args, name)
-            if value < 0 or (value == 0 and f"--{name}".replace("_", "-") in (argv or sys.argv)):
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-            setattr(args, name, value or (small if tiny else full))
-        for name in ("steps", "batch_tokens"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-        if args.lr is not None and not 0 < args.lr < 10:
-            raise UserError("--lr must lie between 0 and 10")
+        """Parse, refuse unknown flags and impossible values, fill what depends on the model."""
+        args = self.fill(self.parse_args(argv))
+        for name in self.sized:
+            if getattr(args, name) <= 0 or (name == "lr" and args.lr > 10):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
+        return args
+
+    def fill(self, args) -> argparse.Namespace:
+        for name, (tiny, full) in self.sized.items():
+            if getattr(args, name) is None:
+                setattr(args, name, tiny if args.model == "tiny" else full)
         return args
 
 
@@ -203,6 +211,11 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def key_seed(*keys) -> int:
     """A seed that depends on the keys alone: the same for any split over ranks and batches."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
@@ -215,43 +228,50 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> fl
     if step < rise:
         return (step + 1) / rise
     share = (step - rise) / max(1, steps - rise)
-    return floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * share)).item())
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def reduce_gradients(params: list[nn.Parameter]):
+    """Sum gradients over ranks. Every loss is already divided by its global denominator, so any
+    split over ranks and micro-batches gives the same sum; a rank without rows adds zeros."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(g.view_as(p))
 
 
 def optimizer_step(run: "Run", optimizers: list[torch.optim.Optimizer], row_ids: list[str],
                    clip: float = 1.0) -> float:
-    """Sum gradients over ranks, clip each optimiser's to norm `clip`, step.
+    """Reduce gradients, clip each optimiser's to norm `clip`, step; returns the largest norm.
 
-    Every loss is already divided by its global denominator, so gradients are *summed*: any
-    split over ranks and micro-batches gives the same step. A non-finite norm skips the step on
-    all ranks; ten in a row raise `UserError` with the rows' ids. Returns the largest norm.
+    A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
     """
     norms = []
     for optimizer in optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
-            flat = torch.cat([p.grad.flatten() for p in params])
-            dist.all_reduce(flat)
-            for p, g in zip(params, flat.split([p.numel() for p in params])):
-                p.grad.copy_(g.view_as(p))
+        reduce_gradients(params)
         norms.append(nn.utils.clip_grad_norm_(params, clip))
     norm = torch.stack(norms).max().item()
-    if norm == norm and norm != float("inf"):
-        run.skipped = 0
-        for optimizer in optimizers:
-            optimizer.step()
-    else:
-        run.skipped += 1
+    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    if run.skipped:
         say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
-        if run.skipped == 10:
-            raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
-                            f"{row_ids[:8]}; lower --lr or look at these rows")
+    if run.skipped == 10:
+        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
+                        f"{row_ids[:8]}; lower --lr or look at these rows")
     for optimizer in optimizers:
+        if not run.skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 # Run folders.
@@ -259,10 +279,9 @@ def optimizer_step(run: "Run", optimizers: list[torch.optim.Optimizer], row_ids:
 
 def variant(args) -> str:
     """Folder suffix of what changes a stage's result, so that ablations never collide."""
-    tiny = args.model == "tiny"
-    tags = [f"codes{args.codes}"] if args.codes != (64 if tiny else 128) else []
-    tags += [f"idm{args.idm_layers}"] if args.idm_layers != (2 if tiny else 4) else []
-    tags += [f"policy{args.policy_layers}"] if args.policy_layers != (2 if tiny else 8) else []
+    usual = ((64, 2, 2) if args.model == "tiny" else (128, 4, 8))
+    tags = [f"{name.split('_')[0]}{getattr(args, name)}" for name, value in
+            zip(("codes", "idm_layers", "policy_layers"), usual) if getattr(args, name) != value]
     tags += [t for t in ("no_text", "no_projector", "no_cycle") if getattr(args, t)]
     return "".join(f"-{tag.replace('_', '')}" for tag in tags)
 
@@ -285,7 +304,7 @@ def propagate(args, parser: Parser) -> argparse.Namespace:
     other = parser.parse_args([])
     for key in PROPAGATED:
         setattr(other, key, getattr(args, key))
-    return other
+    return parser.fill(other)
 
 
 def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> Path:
@@ -346,8 +365,7 @@ class Run:
         self.folder, self.skipped, self.started = Path(folder), 0, time.time()
         if args.fresh and rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         self.finished = (self.folder / "model.safetensors").exists()
         self.config = {
             "args": {k: v for k, v in vars(args).items()}, "derived": derived,
@@ -392,6 +410,14 @@ class Run:
             row = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in row.items()}
             with open(self.folder / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
+
+    def report(self, title: str, table: dict[str, dict[str, float]]):
+        """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
+        if rank() == 0:
+            print(format_table(title, table), flush=True)
+            file = self.folder / "report.json"
+            old = json.loads(file.read_text()) if file.exists() else {}
+            atomic(file, lambda p: p.write_text(json.dumps({**old, title: table}, indent=1)))
 
     def sample(self, rows: list[dict]):
         """Append rollouts to samples.jsonl (rank 0): the thing to look at."""
@@ -438,10 +464,21 @@ class Run:
                        for key, value in trained_state(module).items()}
             atomic(self.folder / "model.safetensors", lambda p: save_file(tensors, p))
             shutil.rmtree(self.folder / "state", ignore_errors=True)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         minutes = (time.time() - self.started) / 60
         say(f"{self.folder} finished in {minutes:.1f} min")
+
+
+def format_table(title: str, table: dict[str, dict[str, float]]) -> str:
+    """Plain-text table; columns are the union of the rows' keys, numbers to 4 digits."""
+    columns = list(dict.fromkeys(c for row in table.values() for c in row))
+    def cell(value):
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
+                                   for name, row in table.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n)
+                               for i, (w, n) in enumerate(zip(line, widths))) for line in lines)
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -747,12 +784,18 @@ class Stream:
     """
 
     def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
-                 image_root: str | None = None, max_tokens: int = 2048, block: int = 2048):
+                 image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
+                 hold_out: int = 0):
         self.source, self.encoder, self.seed = source, encoder, seed
         self.batch_tokens, self.max_tokens, self.block = batch_tokens, max_tokens, block
-        self.image_root = image_root
-        self.cursor = {"epoch": 0, "start": (0, 0, 0), "batch": 0}
-        self.batches, self.next_start, self.dropped, self.encoded = None, None, 0, {}
+        self.image_root, self.begin, self.encoded = image_root, (0, 0, 0), {}
+        self.batches, self.next_start = None, None
+        # The first rows, at most a tenth of the corpus, are held out for the stage's report.
+        head = list(itertools.islice(self._rows(self.begin), 10 * hold_out))
+        self.held_out = [row for row, _ in head[:max(len(head) // 10, 1)]] if hold_out else []
+        if hold_out and len(head) > 1:
+            self.begin = head[len(self.held_out) - 1][1]
+        self.cursor = {"epoch": 0, "start": self.begin, "batch": 0}
 
     def _rows(self, start):
         if isinstance(self.source[0], dict):  # rows in memory (the mini world)
@@ -784,9 +827,9 @@ class Stream:
             if len(rows) == self.block:
                 break
         if not rows:
-            if self.cursor["start"] == (0, 0, 0):
-                raise UserError(f"{self.source}: holds no rows")
-            self.cursor = {"epoch": self.cursor["epoch"] + 1, "start": (0, 0, 0), "batch": 0}
+            if self.cursor["start"] == self.begin:
+                raise UserError(f"{self.source}: holds no rows to train on")
+            self.cursor = {"epoch": self.cursor["epoch"] + 1, "start": self.begin, "batch": 0}
             return self._load_block()
         self.next_start = end
         lengths = torch.zeros(len(rows), dtype=torch.long)
@@ -796,9 +839,8 @@ class Stream:
         lengths = all_sum(lengths).long().tolist()
         rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
         kept = [n for n in range(len(rows)) if lengths[n]]
-        self.dropped = len(rows) - len(kept)
-        if self.dropped:
-            say(f"note: {self.dropped} of {len(rows)} rows exceed {self.max_tokens} tokens "
+        if len(kept) < len(rows):
+            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows exceed {self.max_tokens} tokens "
                 "without a message boundary to cut at: left out")
         rng.shuffle(kept)
         kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order

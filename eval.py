@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from model import UserError, read_rows
 
@@ -576,6 +578,14 @@ def distinct_n(texts: list[str], n: int) -> float:
 def duplicates(texts: list[str]) -> float:
     """Share of a group's answers that repeat another of it word for word: 1 - distinct / all."""
     return 1 - len(set(texts)) / len(texts)
+
+
+def code_usage(counts: Tensor) -> dict[str, float]:
+    """Codes in use and perplexity of their marginal, from counts (|C|,). Perplexity exp(H) is
+    |C| when all are used alike and 1 when the codebook has collapsed."""
+    p = counts.double() / counts.sum().clamp(min=1e-12)
+    return {"codes_used": int((counts > 1e-9).sum()),
+            "code_perplexity": torch.exp(-torch.special.xlogy(p, p).sum()).item()}
 
 
 def paired_bootstrap(before, after, seed: int, n: int = 10_000) -> tuple[float, float, float]:

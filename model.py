@@ -425,19 +425,22 @@ class Run:
             with open(self.folder / "samples.jsonl", "a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def save(self, step: int, modules: dict[str, nn.Module], optimizers: list, cursors: dict):
+    def save(self, step: int, modules: dict[str, nn.Module], optimizers: list,
+             streams: dict[str, "Stream"] = {}, extra: dict = {}):
         """Atomic checkpoint after `step` steps: what trains, its optimisers, the data cursors."""
         if rank() != 0:
             return
         logs = {name: (self.folder / name).stat().st_size if (self.folder / name).exists() else 0
                 for name in ("log.jsonl", "samples.jsonl")}
-        state = {"step": step, "cursors": cursors, "logs": logs, "skipped": self.skipped,
+        state = {"step": step, "cursors": {k: s.cursor for k, s in streams.items()},
+                 "extra": extra, "logs": logs, "skipped": self.skipped,
                  "modules": {k: trained_state(m) for k, m in modules.items()},
                  "optimizers": [o.state_dict() for o in optimizers]}
         atomic(self.folder / "state" / "last.pt", lambda p: torch.save(state, p))
 
-    def resume(self, modules: dict[str, nn.Module], optimizers: list) -> tuple[int, dict]:
-        """Load the checkpoint if there is one and cut the logs back to it: (step, cursors)."""
+    def resume(self, modules: dict[str, nn.Module], optimizers: list,
+               streams: dict[str, "Stream"] = {}) -> tuple[int, dict]:
+        """Load the checkpoint if there is one and cut the logs back to it: (step, extra)."""
         path = self.folder / "state" / "last.pt"
         if not path.exists():
             for name in ("log.jsonl", "samples.jsonl"):
@@ -449,12 +452,14 @@ class Run:
             module.load_state_dict(state["modules"][name], strict=False)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+        for name, stream in streams.items():
+            stream.cursor = state["cursors"][name]
         self.skipped = state["skipped"]
         for name, size in state["logs"].items():
             if rank() == 0 and (self.folder / name).exists():
                 os.truncate(self.folder / name, size)
         say(f"continuing {self.folder} at step {state['step']}")
-        return state["step"], state["cursors"]
+        return state["step"], state["extra"]
 
     def finish(self, modules: dict[str, nn.Module]):
         """Write model.safetensors (only what this stage trained), drop state/."""
@@ -659,6 +664,17 @@ class Batch:
     targets: Tensor             # (B, M) bool: predict tokens[:, t + 1] at t
     seen_image: Tensor          # (B, M) bool: after the row's first image
     has_image: Tensor           # (B,) bool
+
+    @property
+    def real(self) -> Tensor:
+        """(B, M) bool: not padding."""
+        return torch.arange(self.tokens.shape[1],
+                            device=self.ids.device) < self.text_lengths[:, None]
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
+        at = self.targets[:, :-1]
+        return at, self.tokens[:, 1:][at]
 
     def to(self, device) -> "Batch":
         return Batch(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor)

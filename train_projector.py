@@ -162,42 +162,38 @@ def cycle_loss(projector: Projector, e_t: Tensor) -> Tensor:
     return gaussian_nll(projector.P_inv.mu(there), projector.P_inv.log_var(there), e_t).sum()
 
 
-@torch.no_grad()
-def both_embeddings(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(e^{V,T}, e^T) of the text tokens after the first image, fp32, (K, d) each."""
-    return (agent.embeddings(batch)[batch.seen_image].float(),
-            agent.text_embeddings(batch)[batch.seen_image].float())
+def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> Tensor:
+    """[L_t2vt + L_vt2t, L_cycle] of one batch, summed over tokens: (2,).
 
-
-@torch.no_grad()
-def text_only(agent: Agent, batch: Batch) -> Tensor:
-    """e^T of every text token of rows without image, fp32, (K, d)."""
-    real = torch.arange(batch.tokens.shape[1], device=agent.device) < batch.text_lengths[:, None]
-    return agent.text_embeddings(batch)[real & ~batch.has_image[:, None]].float()
-
-
-def projector_step(agent: Agent, examples: dict[str, list], cycle: bool) -> dict[str, float]:
-    """Accumulate the gradients of P and P' on this rank's rows; returns global mean losses.
-
-    examples: "paired" and, from step 2 on, "text" rows. Denominators count all ranks' tokens.
+    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
     """
-    parts = {kind: [agent.encoder.collate(m).to(agent.device) for m in micro_batches(rows)]
-             for kind, rows in examples.items()}
-    counts = all_sum(torch.tensor([sum(int(b.seen_image.sum()) for b in parts["paired"]),
-                                   sum(int(b.text_lengths.sum()) for b in parts.get("text", []))]))
-    losses = torch.zeros(2)
-    for batch in parts["paired"]:
-        with agent.autocast():
-            loss = paired_loss(agent.projector, *both_embeddings(agent, batch))
-        (loss / counts[0].clamp(min=1).item()).backward()
-        losses[0] += loss.item()
-    for batch in parts.get("text", []) if cycle else []:
-        with agent.autocast():
-            loss = cycle_loss(agent.projector, text_only(agent, batch))
-        (loss / counts[1].clamp(min=1).item()).backward()
-        losses[1] += loss.item()
-    paired, cycled = (all_sum(losses) / counts.clamp(min=1)).tolist()
-    return {"loss_paired": paired, **({"loss_cycle": cycled} if cycle and "text" in parts else {})}
+    alone = batch.real & ~batch.has_image[:, None]
+    losses = [e.new_zeros((), dtype=torch.float)] * 2
+    with agent.autocast():
+        if batch.seen_image.any():
+            with torch.no_grad():
+                e_t = agent.text_embeddings(batch)
+            seen = batch.seen_image
+            losses[0] = paired_loss(agent.projector, e[seen].float(), e_t[seen].float())
+        if cycle and alone.any():
+            losses[1] = cycle_loss(agent.projector, e[alone].float())
+    return torch.stack(losses)
+
+
+def projector_counts(batches: list[Batch]) -> Tensor:
+    """Global denominators of `projector_losses`, at least 1: (2,)."""
+    counts = torch.zeros(2)
+    for b in batches:
+        counts += torch.tensor([b.seen_image.sum(), (b.real & ~b.has_image[:, None]).sum()])
+    return all_sum(counts).clamp(min=1).float().to(batches[0].ids.device if batches else None)
+
+
+def next_batches(agent: Agent, streams: dict[str, Stream], kinds) -> tuple[list[Batch], list[str]]:
+    """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
+    rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
+    batches = [agent.encoder.collate(part).to(agent.device)
+               for examples in rows.values() for part in micro_batches(examples)]
+    return batches, [e.id for examples in rows.values() for e in examples]
 
 
 def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list]]:
@@ -227,19 +223,17 @@ def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list]]
 
 @torch.no_grad()
 def projector_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
-    """Mean squared error per dimension of P (and of the identity), P' and the cycle."""
-    report = {}
+    """Mean squared error per dimension of P beside the identity's, of P', and of the cycle."""
+    report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
     for name, examples in held.items():
         batch = agent.encoder.collate(examples).to(agent.device)
-        P, P_inv = agent.projector.P, agent.projector.P_inv
-        if name == "text":
-            e_t = text_only(agent, batch)
-            report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
-        else:
-            e_vt, e_t = both_embeddings(agent, batch)
-            report[name] = {"P": F.mse_loss(P.mu(e_t), e_vt).item(),
-                            "P'": F.mse_loss(P_inv.mu(e_vt), e_t).item(),
-                            "identity": F.mse_loss(e_t, e_vt).item()}
+        e, e_t = agent.embeddings(batch), agent.text_embeddings(batch)
+        e, e_t = (x[batch.real if name == "text" else batch.seen_image].float() for x in (e, e_t))
+        report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
+        if name != "text":
+            report[name] |= {"P": F.mse_loss(P.mu(e_t), e).item(),
+                             "P'": F.mse_loss(P_inv.mu(e), e_t).item(),
+                             "identity": F.mse_loss(e_t, e).item()}
     return report
 
 
@@ -258,28 +252,34 @@ def main(args):
     streams, held = corpora(args, agent.encoder)
     modules = agent.train_only("projector")
     optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
-    start, cursors = run.resume(modules, [optimizer])
-    for kind, cursor in cursors.items():
-        streams[kind].cursor = cursor
+    start, cursors = run.resume(modules, [optimizer], streams)
     paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
     bar = progress(args.steps, start, "projector")
     for step in range(start, args.steps):
         began = time.time()
-        joint = step >= paired_steps and "text" in streams and not args.no_cycle
-        examples = {k: s.next() for k, s in streams.items() if k == "paired" or joint}
-        losses = projector_step(agent, examples, cycle=joint)
+        joint = step >= paired_steps and not args.no_cycle
+        batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else ("paired",))
+        counts = projector_counts(batches)
+        total = torch.zeros(2)
+        for batch in batches:
+            with torch.no_grad():
+                e = agent.embeddings(batch)
+            losses = projector_losses(agent, batch, e, cycle=joint)
+            (losses / counts).sum().backward()
+            total += losses.detach().cpu()
         lr = args.lr * cosine(step, args.steps, warmup=0.1)
         set_lr(optimizer, lr)
-        norm = optimizer_step(run, [optimizer], [e.id for rows in examples.values() for e in rows])
-        run.log({"step": step, **losses, "lr": lr, "grad_norm": norm,
-                 "seconds": time.time() - began, "peak_memory": peak_memory(agent.device)})
+        norm = optimizer_step(run, [optimizer], row_ids)
+        paired, cycled = (all_sum(total) / counts.cpu()).tolist()
+        run.log({"step": step, "loss_paired": paired, "loss_cycle": cycled, "lr": lr,
+                 "grad_norm": norm, "seconds": time.time() - began,
+                 "peak_memory": peak_memory(agent.device)})
         bar.update()
-        bar.set_postfix_str(f"paired {losses['loss_paired']:.3f}")
+        bar.set_postfix_str(f"paired {paired:.3f} cycle {cycled:.3f}")
         if (step + 1) % args.save_every == 0:
-            run.save(step + 1, modules, [optimizer], {k: s.cursor for k, s in streams.items()})
+            run.save(step + 1, modules, [optimizer], streams)
     bar.close()
-    report = projector_report(agent, held)
-    run.report("Squared error on held-out rows", report)
+    run.report("squared error, held out", projector_report(agent, held))
     run.finish(modules)
 
 

@@ -7,10 +7,17 @@ reward is the answer's summed scores over the reference's, as in the paper's RL 
   mini    a small world of pictures and role play, drawn from a seed, judged by a sentence parser.
           Nothing to download; it stands in for MMRole, whose eight dimensions it borrows.
   FILE    a user's own dialogues, judged by their word overlap with the reference.
+
+    python eval.py runs/tiny/rl-mini-dapo-latent-s0           # ID and OOD; greedy, sampled, best-of-N
+    python eval.py runs/tiny/rl-mini-*-s?                     # comparison, seeds aggregated
+    torchrun --nproc-per-node 8 eval.py RUN                   # prompts are shared out to the ranks
+    python eval.py --rescore runs/.../predictions.jsonl       # all figures again from the replies
 """
 
 import functools
 import hashlib
+import html
+import json
 import math
 import random
 import re
@@ -25,7 +32,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from model import UserError, read_rows
+from model import (Agent, Parser, UserError, all_sum, atomic, format_table, gather, key_seed,
+                   launch, rank, read_rows, rollout, say, world)
 
 
 # ---- Tasks, judge replies and the reward ----
@@ -81,10 +89,10 @@ def parse_reply(reply: str, dimensions, lowest: float = 1.0):
     return scores if len(scores) == len(dimensions) else None
 
 
-def load_task(name: str, seed: int, image_root=None) -> Task:
-    """`mini`, or the path of a file of dialogue rows."""
+def load_task(name: str, image_root=None) -> Task:
+    """`mini` (one fixed draw: all runs share its prompts), or a file of dialogue rows."""
     if name == "mini":
-        return mini_task(seed)
+        return mini_task(seed=0)
     if Path(name).is_file():
         return file_task(name, image_root)
     raise UserError(f"--task {name}: neither a known task (mini) nor an existing file of rows")
@@ -600,3 +608,199 @@ def paired_bootstrap(before, after, seed: int, n: int = 10_000) -> tuple[float, 
 
 
 # ---- The evaluation command ----
+
+
+MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a prompt
+
+
+def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
+             seed: int, at_once: int = 256) -> tuple[list[list[str]], torch.Tensor]:
+    """n answers to every row's prompt, this rank's share gathered on all ranks, and the counts of
+    the actions taken, (number of actions,). Seeds are keyed by row: no batch split matters."""
+    mine = list(range(rank(), len(rows), world()))
+    counts = torch.zeros(agent.policy.head.out_features, dtype=torch.double)
+    answers, per_batch = {}, max(1, at_once // n)
+    for i in range(0, len(mine), per_batch):
+        part = mine[i:i + per_batch]
+        prompts = [agent.encoder.encode(rows[r], prompt=True) for r in part]
+        out = rollout(agent, prompts, n, max_new_tokens, temperature,
+                      [key_seed(seed, "eval", rows[r]["id"]) for r in part])
+        counts += torch.bincount(out.actions[out.mask], minlength=len(counts)).cpu()
+        for j, r in enumerate(part):
+            answers[r] = out.texts[j * n:(j + 1) * n]
+    answers = gather(answers)
+    return [answers[r] for r in range(len(rows))], all_sum(counts)
+
+
+def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
+             modes: dict[str, tuple[float, int]] = MODES) -> tuple[dict, list[dict]]:
+    """Generate and judge: a table "split mode" -> figures, and one prediction per prompt and mode.
+
+    reward is the mean over prompts and answers; best-of-n the mean over prompts of the best;
+    distinct-2 and duplicates are taken within a prompt's answers. Failed judgements are left out
+    and counted.
+    """
+    table, predictions = {}, []
+    for split, rows in splits.items():
+        for mode, (temperature, n) in modes.items():
+            answers, counts = generate(agent, rows, temperature, n, task.max_new_tokens, seed)
+            flat_rows = [row for row, group in zip(rows, answers) for _ in group]
+            replies = task.judge(flat_rows, [a for group in answers for a in group])
+            for i, (row, group) in enumerate(zip(rows, answers)):
+                predictions.append({
+                    "id": row["id"], "split": split, "mode": mode,
+                    "prompt": row["messages"][:-1], "answers": group,
+                    "reference": row["reference"], "replies": replies[i * n:(i + 1) * n]})
+            figures = summarise(task, predictions[-len(rows):])
+            if agent.space == "latent":
+                figures |= code_usage(counts)
+            table[f"{split} {mode}"] = figures
+    return table, predictions
+
+
+def prompt_rewards(task: Task, predictions: list[dict]) -> list[float]:
+    """Mean reward of each prompt's judged answers, NaN where all judging failed."""
+    means = []
+    for p in predictions:
+        judged = [r for reply in p["replies"] if (r := task.reward(reply)) is not None]
+        means.append(float(np.mean(judged)) if judged else math.nan)
+    return means
+
+
+def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
+    """Figures of one split and mode from the replies' text alone (what --rescore recomputes)."""
+    scores = [task.scores(reply) for p in predictions for reply in p["replies"]]
+    table = score_table(scores, task.dimensions)
+    groups = [p["answers"] for p in predictions]
+    best = [max((task.reward(r) or math.nan for r in p["replies"]), default=math.nan)
+            for p in predictions]
+    figures = {"reward": float(np.nanmean(prompt_rewards(task, predictions))),
+               "win_rate": win_rate(scores), "words": float(np.mean(
+                   [len(a.split()) for group in groups for a in group]))}
+    if len(groups[0]) > 1:
+        figures |= {f"best_of_{len(groups[0])}": float(np.nanmean(best)),
+                    "distinct_2": float(np.mean([distinct_n(g, 2) for g in groups])),
+                    "duplicates": float(np.mean([duplicates(g) for g in groups]))}
+    return {**figures, "failed": table["failed"],
+            **{d: table[d] for d in task.dimensions}}
+
+
+def gain_table(task: Task, before: list[dict], after: list[dict], seed: int = 0) -> dict:
+    """Reward before and after on the same prompts, the gain and its paired 95 % interval."""
+    table = {}
+    for key in dict.fromkeys((p["split"], p["mode"]) for p in before):
+        pair = [prompt_rewards(task, [p for p in side if (p["split"], p["mode"]) == key])
+                for side in (before, after)]
+        gain, low, high = paired_bootstrap(*pair, seed)
+        table[" ".join(key)] = {"before": float(np.nanmean(pair[0])),
+                                "after": float(np.nanmean(pair[1])), "gain": gain,
+                                "low": low, "high": high, "prompts": len(pair[0])}
+    return table
+
+
+REPORTED = ("reward", "best_of_4", "win_rate", "distinct_2", "duplicates", "words", "codes_used",
+            "code_perplexity", "failed")
+
+
+def arguments() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
+    parser.flag("--task", None, "task to evaluate on (default: each run's own)")
+    parser.flag("--image-root", None, "folder that relative image paths start from")
+    parser.flag("--prompts", 0, "evaluate on the first N prompts of each split (0: all)")
+    parser.flag("--samples", 4, "sampled answers a prompt; best-of-N is over these")
+    parser.flag("--temperature", 1.0, "action temperature of the sampled answers (paper: 0.1)")
+    parser.flag("--seed", 0, "seed of the sampled answers")
+    parser.flag("--dtype", "auto", "dtype of the backbone")
+    parser.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    parser.flag("--rescore", None, "recompute every figure of a predictions.jsonl from the saved "
+                                   "replies' text; --task names its task", metavar="FILE")
+    parser.flag("--report", None, "also write one self-contained HTML page", metavar="FILE")
+    return parser
+
+
+def main(args):
+    if args.rescore:
+        return rescore(args)
+    if not args.runs:
+        raise UserError("name at least one run folder, for example runs/tiny/rl-mini-dapo-latent-s0")
+    summaries, pages = {}, {}
+    for folder in map(Path, args.runs):
+        if not (folder / "model.safetensors").exists():
+            raise UserError(f"{folder}: no finished run there (no model.safetensors)")
+        agent = Agent.from_run(folder, args.device, args.dtype)
+        if agent.policy is None:
+            raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
+        config = json.loads((folder / "config.json").read_text())
+        task = load_task(args.task or config["args"]["task"], args.image_root)
+        splits = {s: task.splits[s][:args.prompts or None] for s in ("id", "ood") if task.splits[s]}
+        say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
+        table, predictions = evaluate(
+            agent, task, splits, args.seed,
+            {"greedy": (0.0, 1), "sampled": (args.temperature, args.samples)})
+        say(format_table(str(folder.name), {k: {c: v[c] for c in v if c in REPORTED or
+                                                c.startswith("best_of")}
+                                            for k, v in table.items()}))
+        summaries[str(folder)], pages[str(folder)] = table, predictions
+        if rank() == 0:
+            atomic(folder / "predictions.jsonl", lambda p: p.write_text(
+                "".join(json.dumps({**row, "task": task.name}) + "\n" for row in predictions)))
+            atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+    if len(summaries) > 1:
+        say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
+    if args.report and rank() == 0:
+        atomic(Path(args.report), lambda p: p.write_text(report_page(summaries, pages)))
+        say(f"wrote {args.report}")
+
+
+def compare(summaries: dict[str, dict]) -> dict[str, dict]:
+    """Runs that differ in their seed alone (`-s<seed>` in the folder) as one row: mean (std)."""
+    groups = {}
+    for folder, table in summaries.items():
+        groups.setdefault(re.sub(r"-s\d+", "", Path(folder).name), []).append(table)
+    rows = {}
+    for name, tables in groups.items():
+        row = {"seeds": len(tables)}
+        for key in tables[0]:
+            values = [t[key]["reward"] for t in tables if key in t]
+            spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+            row[key] = f"{np.mean(values):.3f}{spread}"
+        rows[name] = row
+    return rows
+
+
+def rescore(args):
+    """Every figure again from predictions.jsonl: answers and the text of the judge's replies."""
+    try:
+        rows = [json.loads(line) for line in Path(args.rescore).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--rescore {args.rescore}: cannot be read ({error})") from None
+    task = load_task(args.task or "mini", args.image_root)
+    table = {f"{split} {mode}": summarise(task, [p for p in rows if (p["split"], p["mode"])
+                                                 == (split, mode)])
+             for split, mode in dict.fromkeys((p["split"], p["mode"]) for p in rows)}
+    say(format_table(args.rescore, table))
+
+
+def report_page(summaries: dict, pages: dict) -> str:
+    """One self-contained HTML page: the tables and the first answers of every run."""
+    parts = ["<!doctype html><meta charset=utf-8><title>Evaluation</title><style>body{font:15px "
+             "sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .6em;text-align:right}"
+             "td:first-child{text-align:left}p{white-space:pre-wrap}</style><h1>Evaluation</h1>"]
+    for folder, table in summaries.items():
+        columns = list(dict.fromkeys(c for row in table.values() for c in row))
+        parts.append(f"<h2>{html.escape(folder)}</h2><table><tr><th>"
+                     + "".join(f"<th>{html.escape(c)}" for c in columns))
+        for name, row in table.items():
+            cells = (f"{row[c]:.3f}" if c in row else "" for c in columns)
+            parts.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells))
+        parts.append("</table>")
+        for p in pages[folder][:8]:
+            said = "\n".join(f"{m['role']}: {m['content']}" for m in p["prompt"])
+            parts.append(f"<p><b>{html.escape(said)}</b>\n{html.escape(p['answers'][0])}\n"
+                         f"<i>reference: {html.escape(p['reference'])}</i></p>")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    launch(main, arguments())

@@ -83,6 +83,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are a `UserError`, so that every bad flag is one line as well."""
 
     def __init__(self, doc: str):
+        self.sized = {}                             # defaults as (tiny, full scale)
+        self.by_stage = lambda args: {}             # the same, depending on other flags
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
@@ -144,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def fill(self, args) -> argparse.Namespace:
-        for name, (tiny, full) in self.sized.items():
+        for name, (tiny, full) in {**self.sized, **self.by_stage(args)}.items():
             if getattr(args, name) is None:
                 setattr(args, name, tiny if args.model == "tiny" else full)
         return args
@@ -209,6 +211,15 @@ def all_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather(part: dict) -> dict:
+    """The union of every rank's dict, on all ranks."""
+    if not dist.is_initialized():
+        return part
+    parts = [None] * world()
+    dist.all_gather_object(parts, part)
+    return {k: v for p in parts for k, v in p.items()}
 
 
 def barrier():
@@ -671,6 +682,11 @@ class Batch:
         return torch.arange(self.tokens.shape[1],
                             device=self.ids.device) < self.text_lengths[:, None]
 
+    @property
+    def text_positions(self) -> Tensor:
+        """(B, M) plain positions 0, 1, ... of the text tokens."""
+        return text_positions(self.tokens)
+
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
         at = self.targets[:, :-1]
@@ -801,7 +817,8 @@ class Stream:
 
     def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
                  image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
-                 hold_out: int = 0):
+                 hold_out: int = 0, responses_only: bool = False):
+        self.responses_only = responses_only
         self.source, self.encoder, self.seed = source, encoder, seed
         self.batch_tokens, self.max_tokens, self.block = batch_tokens, max_tokens, block
         self.image_root, self.begin, self.encoded = image_root, (0, 0, 0), {}

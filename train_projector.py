@@ -34,8 +34,9 @@ from model import (Agent, Batch, Encoder, Parser, Projector, Run, Stream, UserEr
 
 # Stage 0, found by search at 2 CPU cores: (phase, steps, Muon's lr, AdamW's lr).
 BASE_PHASES = (("align", 120, 0.02, 3e-3), ("caption", 150, 0.02, 2e-3),
-               ("base", 450, 0.02, 2e-3))
-BASE_ROWS = {"align": 2048, "caption": 4096, "base": 8192}
+               ("dialogue", 450, 0.02, 2e-3))
+BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
+             "dialogue": {"base": 6144, "text": 2048}}
 BASE_TOKENS = 4096
 
 
@@ -104,8 +105,8 @@ def ensure_base(args):
                               weight_decay=0.0)
     bar = progress(sum(steps for _, steps, _, _ in BASE_PHASES), 0, "base")
     for phase, steps, muon_lr, adamw_lr in BASE_PHASES:
-        rows = tasks.mini_corpus("caption" if phase == "align" else phase, BASE_ROWS[phase],
-                                 key_seed(args.seed, phase))
+        rows = [row for kind, n in BASE_ROWS[phase].items()
+                for row in tasks.mini_corpus(kind, n, key_seed(args.seed, phase))]
         stream = Stream(rows, encoder, BASE_TOKENS, key_seed(args.seed, phase))
         words = dict(zip((r["id"] for r in rows), cell_words(rows, tokenizer))) \
             if phase == "align" else None
@@ -191,8 +192,8 @@ def projector_counts(batches: list[Batch]) -> Tensor:
 def next_batches(agent: Agent, streams: dict[str, Stream], kinds) -> tuple[list[Batch], list[str]]:
     """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
     rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
-    batches = [agent.encoder.collate(part).to(agent.device)
-               for examples in rows.values() for part in micro_batches(examples)]
+    batches = [agent.encoder.collate(part, streams[kind].responses_only).to(agent.device)
+               for kind, examples in rows.items() for part in micro_batches(examples)]
     return batches, [e.id for examples in rows.values() for e in examples]
 
 

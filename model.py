@@ -1433,6 +1433,15 @@ class Rollout:
     prompt_mask: Tensor         # (P, L) bool: real, and before the first answer input
     group: int
 
+    def select(self, prompts: list[int]) -> "Rollout":
+        """The rollout of some of its prompts with all their answers."""
+        p = torch.tensor(prompts, device=self.mask.device)
+        n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
+        return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
+                       self.logps[n], self.mask[n], self.finished[n], self.inputs[n],
+                       self.positions[:, n], self.prompt[p], self.prompt_positions[:, p],
+                       self.prompt_mask[p], self.group)
+
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample one action a row by inverse CDF, or the best at temperature 0.

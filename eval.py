@@ -148,7 +148,7 @@ FACTS = {"base": 0.75, "paired": 0.8, "text": 0.8, "sft": 0.85}
 SPREAD = 0.2
 NEUTRAL_SHARE = 0.7                        # of the wrong slots; the rest are another persona's
 
-SIZES = {"sft": 1500, "valid": 100, "rl": 2000, "id": 200, "ood": 200}
+SIZES = {"sft": 1500, "valid": 240, "rl": 2000, "id": 200, "ood": 200}
 MINI_TOKENS = 40                           # the longest perfect answer has 30 words and marks
 
 
@@ -343,11 +343,13 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
 
 
 def mini_task(seed: int) -> Task:
-    """The splits of the mini world: "ood" asks the held-out personas, all others the rest."""
+    """The splits of the mini world. "ood" asks the held-out personas, "valid", on which settings
+    are chosen, all of them, and the others the rest."""
     splits = {}
     for split in SPLITS:
         rng = random.Random(f"{split}-{seed}")
-        personas = PERSONAS[-HELD_OUT:] if split == "ood" else PERSONAS[:-HELD_OUT]
+        personas = {"valid": PERSONAS, "ood": PERSONAS[-HELD_OUT:]}.get(split,
+                                                                        PERSONAS[:-HELD_OUT])
         pool = "train" if split in ("sft", "rl") else split
         data, kinds = "sft" if split == "sft" else None, list(QUESTIONS)
         splits[split] = [dialogue(rng, f"mini-{split}-{seed}-{i}", personas[i % len(personas)],

@@ -26,6 +26,7 @@ Deviations from the paper or its released code, each because it is simpler, exac
 
 import argparse
 import copy
+import datetime
 import gzip
 import hashlib
 import importlib.metadata
@@ -183,7 +184,9 @@ def init_distributed(device: str = "auto"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
         cuda = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Small counts and the judge's results travel on CPU; a slow judge must not look hung.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(hours=6))
 
 
 def rank() -> int:
@@ -391,13 +394,15 @@ class Run:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds files but no config.json (half deleted?); "
                             "--fresh starts it again")
-        try:
-            (self.folder / "state").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
-                            "choose another --run-root") from None
+        barrier()                               # every rank has looked before rank 0 writes
         if rank() == 0 and not self.finished:
+            try:
+                (self.folder / "state").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
+                                "choose another --run-root") from None
             atomic(config_file, lambda p: p.write_text(json.dumps(self.config, indent=1)))
+        barrier()
         if self.finished:
             say(f"{self.folder} is finished (--fresh redoes it)")
 

@@ -38,8 +38,8 @@ from train_projector import corpora, ensure_base, next_batches
 
 # (tiny, full scale) of each stage; the full-scale ones are the release's.
 SIZED = {"bc": {"steps": (150, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},
-         "latent": {"steps": (120, 300), "lr": (5e-4, 5e-5), "batch_tokens": (2048, 8192)},
-         "token": {"steps": (120, 300), "lr": (3e-4, 5e-5), "batch_tokens": (2048, 8192)}}
+         "latent": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
+         "token": {"steps": (40, 300), "lr": (1e-4, 5e-5), "batch_tokens": (2048, 8192)}}
 
 
 def arguments() -> Parser:

@@ -92,7 +92,7 @@ def parse_reply(reply: str, dimensions, lowest: float = 1.0):
 def load_task(name: str, image_root=None) -> Task:
     """`mini` (one fixed draw: all runs share its prompts), or a file of dialogue rows."""
     if name == "mini":
-        return mini_task(seed=0)
+        return mini_task(seed=1)
     if Path(name).is_file():
         return file_task(name, image_root)
     raise UserError(f"--task {name}: neither a known task (mini) nor an existing file of rows")

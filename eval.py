@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from model import (Agent, Parser, UserError, all_sum, atomic, format_table, gather, key_seed,
                    launch, rank, read_rows, rollout, say, world)
+
+import torch
+from torch import Tensor
 
 
 # ---- Tasks, judge replies and the reward ----

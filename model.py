@@ -42,6 +42,10 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+# Read when torch loads: threads that wait must not spin, or any other load on the machine makes a
+# step many times slower. The other files import this one before torch for that reason.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -25,16 +25,16 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import eval as tasks
 import train_idm
 from model import (Agent, Batch, Parser, Run, Stream, UserError, all_sum, cosine, folder_of,
                    key_seed, launch, optimizer_step, peak_memory, progress, require, say, set_lr,
                    task_tag, token_logprobs)
 from train_projector import corpora, ensure_base, next_batches
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 # (tiny, full scale) of each stage; the full-scale ones are the release's.
 SIZED = {"bc": {"steps": (150, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},

@@ -22,16 +22,16 @@ labelled positions only.
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import eval as tasks
 import train_projector
 from model import (Agent, Batch, Parser, Run, all_sum, cosine, folder_of, keyed_gumbel, launch,
                    optimizer_step, peak_memory, progress, require, say, set_lr, token_logprobs)
 from train_projector import (corpora, ensure_base, next_batches, projector_counts,
                              projector_losses, projector_report)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 TAU = 2.0              # temperature of the Gumbel-softmax
 ENTROPY = 1e-3         # weight of the per-token entropy bonus

@@ -22,15 +22,15 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import eval as tasks
 from model import (Agent, Batch, Encoder, Parser, Projector, Run, Stream, UserError, all_sum,
                    barrier, cosine, folder_of, key_seed, launch, micro_batches, model_root,
                    optimizer_step, peak_memory, progress, rank, reduce_gradients, require, say,
                    set_lr, tiny_base, token_logprobs)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 # Stage 0, found on validation prompts: (phase, steps, Muon's lr, AdamW's lr). The last phase is
 # gentle, or dialogue undoes the grounding that alignment and captions have taught.

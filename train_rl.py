@@ -28,14 +28,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import eval as tasks
 import train_bc
 from model import (Agent, Parser, Rollout, Run, UserError, action_statistics, all_sum, folder_of,
                    format_table, gather, key_seed, launch, optimizer_step, peak_memory, progress,
                    rank, replay, rollout, say, set_lr, task_tag, world)
+
+import torch
+from torch import Tensor
 
 
 @dataclass

@@ -317,12 +317,11 @@ def task_tag(task: str) -> str:
     return Path(task).name.split(".")[0]
 
 
-def propagate(args, parser: Parser) -> argparse.Namespace:
-    """The predecessor's own defaults with what propagates from `args` (design: never lr, steps)."""
-    other = parser.parse_args([])
-    for key in PROPAGATED:
-        setattr(other, key, getattr(args, key))
-    return parser.fill(other)
+def propagate(args, parser: Parser, **fixed) -> argparse.Namespace:
+    """The predecessor's own defaults (never --lr or --steps of `args`) with what propagates and
+    what is `fixed`."""
+    known = {key: getattr(args, key) for key in PROPAGATED}
+    return parser.fill(argparse.Namespace(**{**vars(parser.parse_args([])), **known, **fixed}))
 
 
 def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> Path:
@@ -333,9 +332,7 @@ def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> P
         return Path(args.parent)
     if (folder / "model.safetensors").exists():
         return folder
-    other = propagate(args, parser)
-    for key, value in fixed.items():
-        setattr(other, key, value)
+    other = propagate(args, parser, **fixed)
     if args.model != "tiny":
         words = [f"--{k.replace('_', '-')} " + " ".join(v if isinstance(v, list) else [str(v)])
                  for k in ("model", "task", "paired", "text", "image_root", "run_root")

@@ -663,6 +663,7 @@ def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
                                                      check_every=1)
         assert one.texts == r.texts[rows] and one.mask.sum() == r.mask[rows].sum()
         close(one.logps[one.mask], r.logps[rows][r.mask[rows]], 1e-4)
+        assert rollout(agent, [prompt], 3, 10, 0.7, [50 + i]).texts != one.texts
 
 
 # ---- eval.py ---------------------------------------------------------------------------------

@@ -675,8 +675,8 @@ def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
     scores = [task.scores(reply) for p in predictions for reply in p["replies"]]
     table = score_table(scores, task.dimensions)
     groups = [p["answers"] for p in predictions]
-    best = [max((task.reward(r) or math.nan for r in p["replies"]), default=math.nan)
-            for p in predictions]
+    best = [max((r for reply in p["replies"] if (r := task.reward(reply)) is not None),
+                default=math.nan) for p in predictions]
     figures = {"reward": float(np.nanmean(prompt_rewards(task, predictions))),
                "win_rate": win_rate(scores), "words": float(np.mean(
                    [len(a.split()) for group in groups for a in group]))}
@@ -735,7 +735,8 @@ def main(args):
         if agent.policy is None:
             raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
         config = json.loads((folder / "config.json").read_text())
-        task = load_task(args.task or config["args"]["task"], args.image_root)
+        task_name = args.task or config["args"]["task"]
+        task = load_task(task_name, args.image_root or config["args"]["image_root"])
         splits = {s: task.splits[s][:args.prompts or None] for s in ("id", "ood") if task.splits[s]}
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
         table, predictions = evaluate(
@@ -747,7 +748,7 @@ def main(args):
         summaries[str(folder)], pages[str(folder)] = table, predictions
         if rank() == 0:
             atomic(folder / "predictions.jsonl", lambda p: p.write_text(
-                "".join(json.dumps({**row, "task": task.name}) + "\n" for row in predictions)))
+                "".join(json.dumps({**row, "task": task_name}) + "\n" for row in predictions)))
             atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(table, indent=1)))
     if len(summaries) > 1:
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
@@ -778,7 +779,7 @@ def rescore(args):
         rows = [json.loads(line) for line in Path(args.rescore).read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--rescore {args.rescore}: cannot be read ({error})") from None
-    task = load_task(args.task or "mini", args.image_root)
+    task = load_task(args.task or rows[0]["task"], args.image_root)
     table = {f"{split} {mode}": summarise(task, [p for p in rows if (p["split"], p["mode"])
                                                  == (split, mode)])
              for split, mode in dict.fromkeys((p["split"], p["mode"]) for p in rows)}

@@ -538,8 +538,9 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
     if "conversations" in raw:
         names = {"human": "user", "gpt": "assistant", "system": "system", "user": "user",
                  "assistant": "assistant"}
+        turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
         messages = [{"role": names.get(m.get("from")), "content": m.get("value")}
-                    for m in raw["conversations"]]
+                    if isinstance(m, dict) else m for m in turns]
         if isinstance(raw.get("system"), str):
             messages.insert(0, {"role": "system", "content": raw["system"]})
     elif "messages" in raw:
@@ -549,7 +550,9 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
     else:
         raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Data")
     images = raw.get("images", raw.get("image")) or []
-    images = [i for i in ([images] if isinstance(images, str) else images) if i != "None"]
+    images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
+    if not all(isinstance(i, (str, Image.Image)) for i in images):
+        raise UserError(f"{where}: `images` must be a list of paths")
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: `messages` is empty; fix or remove the row")
     row["messages"] = []
@@ -559,8 +562,10 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
         if role not in ("system", "user", "assistant"):
             raise UserError(f"{where}: role {role!r} is not system, user or assistant")
         if isinstance(content, list):  # typed blocks
-            content = "".join("<image>" if b.get("type", "").startswith("image") else
-                              b.get("text", "") for b in content)
+            content = [b if isinstance(b, dict) else {} for b in content]
+            parts = ["<image>" if str(b.get("type")).startswith("image") else b.get("text")
+                     for b in content]
+            content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
         if not isinstance(content, str):
             raise UserError(f"{where}: the content of a {role} message is not text")
         row["messages"].append({"role": role, "content": content})
@@ -715,7 +720,7 @@ class Encoder:
             [i for t in VISION_TOKENS if (i := tokenizer.convert_tokens_to_ids(t)) is not None])
         self.stop_ids = torch.tensor(sorted(
             {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}))
-        self.turn = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+        self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         self.fixed_size = IMAGE_SIZE if self._budget() >= IMAGE_SIZE[0] * IMAGE_SIZE[1] else None
 
     def _budget(self) -> int:
@@ -758,7 +763,7 @@ class Encoder:
             response[t] = inside
             if inside and ids[t] in end:
                 inside = False
-            elif ids[max(0, t + 1 - len(self.turn)):t + 1] == self.turn:
+            elif t and ids[max(0, t - len(self.turn)):t] == self.turn:  # ids[t] is the newline(s)
                 inside = True
         ids = torch.tensor(ids)
         return Example(row["id"], ids, mrope_positions(ids, grids, self.image_token, self.merge),
@@ -845,8 +850,8 @@ class Stream:
 
     def _encode(self, row: dict) -> Example | None:
         """The row within `max_tokens`: cut at a message boundary, or None if nothing remains."""
-        if row["id"] in self.encoded:
-            return self.encoded[row["id"]]
+        if id(row) in self.encoded:
+            return self.encoded[id(row)]
         example, messages = self.encoder.encode(row), list(row["messages"])
         while len(example) > self.max_tokens and len(messages) > 1:
             messages.pop()
@@ -856,7 +861,7 @@ class Stream:
                     {**row, "messages": messages, "images": row["images"][:shown]})
         example = example if len(example) <= self.max_tokens else None
         if isinstance(self.source[0], dict):
-            self.encoded[row["id"]] = example
+            self.encoded[id(row)] = example
         return example
 
     def _load_block(self):
@@ -1086,7 +1091,7 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     out = [checkpoint(piece, x[i:i + rows], targets[i:i + rows], use_reentrant=False)
            if torch.is_grad_enabled() else piece(x[i:i + rows], targets[i:i + rows])
            for i in range(0, len(x), rows)]
-    return torch.cat(out) if out else x.new_zeros(0, dtype=torch.float)
+    return torch.cat(out) if out else piece(x, targets)
 
 
 def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,

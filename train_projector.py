@@ -170,7 +170,7 @@ def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> Tens
     e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
     """
     alone = batch.real & ~batch.has_image[:, None]
-    losses = [e.new_zeros((), dtype=torch.float)] * 2
+    losses = [0 * agent.projector.P.mu(e[:1, 0].float()).sum()] * 2
     with agent.autocast():
         if batch.seen_image.any():
             with torch.no_grad():

@@ -128,6 +128,7 @@ def group_moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased deviation of each group over its judged answers: (P, G) -> 2 x (P, 1).
 
     NaN marks a failed judgement. Fewer than two judged answers have deviation 0."""
+    rewards = rewards.double()                      # in fp32 equal rewards have a deviation
     judged = ~rewards.isnan()
     n = judged.sum(1, keepdim=True)
     mean = rewards.nansum(1, keepdim=True) / n.clamp(min=1)
@@ -168,7 +169,7 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
         centred = centred / (std + STD_EPS)
     if scale == "beta":
         centred = centred * beta_weights(mean, mean[:, 0] if all_p is None else all_p)
-    return centred.nan_to_num(0.0)
+    return centred.nan_to_num(0.0).float()
 
 
 def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -427,14 +428,15 @@ def main(args):
         lr = args.lr * min(1.0, (step + 1) / 5)
         set_lr(optimizer, lr)
         figures = step_figures(agent, rounds, kept, played)
-        figures |= update(agent, reference, optimizer, run, rounds, kept, args, algorithm, task)
+        if kept:      # else AdamW's momentum alone would move the policy
+            figures |= update(agent, reference, optimizer, run, rounds, kept, args, algorithm, task)
         seconds = time.time() - began
         run.log({"step": step, **figures, "lr": lr, "seconds_rollout": t_rollout,
                  "seconds_judge": t_judge, "seconds_update": time.time() - rolled,
                  "tokens_per_second": figures.pop("tokens") / seconds,
                  "peak_memory": peak_memory(agent.device)})
         bar.update()
-        bar.set_postfix_str(f"reward {figures['reward_mean']:.3f} kl {figures['kl']:.3f} "
+        bar.set_postfix_str(f"reward {figures['reward_mean']:.3f} "
                             f"distinct {figures['distinct_answers']:.2f}")
         if (step + 1) % args.save_every == 0:
             if rounds:

@@ -146,8 +146,9 @@ class Parser(argparse.ArgumentParser):
         """Parse, refuse unknown flags and impossible values, fill what depends on the model."""
         args = self.fill(self.parse_args(argv))
         for name in self.sized:
-            if getattr(args, name) <= 0 or (name == "lr" and args.lr > 10):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
+            value = getattr(args, name)
+            if value < 0 or (value == 0 and name != "world_min_p") or (name == "lr" and value > 10):
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         return args
 
     def fill(self, args) -> argparse.Namespace:
@@ -1223,7 +1224,7 @@ class Agent(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder, self.structure = encoder, dict(structure)
-        self.space = "latent"
+        self.space, self.world_min_p = "latent", 0.0
         self.projector = self.idm = self.codebook = self.world = self.policy = None
         text = backbone.model.language_model
         self.text_config, self.width = text.config, text.config.hidden_size
@@ -1307,7 +1308,9 @@ class Agent(nn.Module):
         args.device, args.dtype = device, dtype
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
-        return cls.from_base(args).load_run(folder, skip).eval()
+        agent = cls.from_base(args).load_run(folder, skip).eval()
+        agent.world_min_p = getattr(args, "world_min_p", 0.0)
+        return agent
 
     @property
     def device(self) -> torch.device:
@@ -1389,9 +1392,16 @@ class Agent(nn.Module):
     def next_token_logits(self, states: Tensor, actions: Tensor) -> Tensor:
         """f_world(s, a) -> logits over the vocabulary, vision tokens masked.
 
-        states (N, d), actions (N,) -> (N, vocab). Only ever called on single positions."""
+        states (N, d), actions (N,) -> (N, vocab). Only ever called on single positions. With
+        `world_min_p`, outside the paper, a code cannot choose a token whose probability under
+        the backbone alone is below that share of its best token's."""
         x = self.world(states, self.codebook(actions)).to(states.dtype)
-        return self.backbone.lm_head(x).float() + self.token_bias
+        logits = self.backbone.lm_head(x).float() + self.token_bias
+        if self.world_min_p:
+            own = self.backbone.lm_head(states).float() + self.token_bias
+            floor = own.max(-1, keepdim=True).values + math.log(self.world_min_p)
+            logits = logits.masked_fill(own < floor, float("-inf"))
+        return logits
 
     def acting(self) -> "Agent":
         """A view of this agent whose trained modules are copies in the backbone's dtype: what

@@ -67,7 +67,8 @@ RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}   # of log ratios b
 
 def arguments() -> Parser:
     parser = Parser(__doc__)
-    parser.common_flags(steps=(160, 100), lr=(2e-4, 1e-6), batch_tokens=(2048, 8192))
+    parser.common_flags(steps=(160, 100), lr=(2e-4, 1e-6), batch_tokens=(2048, 8192),
+                        world_min_p=(0.1, 0.0))
     parser.by_stage = lambda args: {"lr": (5e-4, 1e-6)} if args.action_space == "token" else {}
     parser.flag("--algo", "grpo", "row of the table of algorithms", choices=tuple(ALGORITHMS))
     parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
@@ -87,6 +88,9 @@ def arguments() -> Parser:
     parser.flag("--prompts", 8, "prompts a step over all ranks")
     parser.flag("--max-new-tokens", 0, "longest answer (0: the task's)")
     parser.flag("--temperature", 1.0, "of the action distribution, in sampling and scoring")
+    parser.flag("--world-min-p", None, "outside the paper: codes cannot choose tokens less likely "
+                "under the backbone than this share of its best; 0 is off"
+                + parser.shown("world_min_p"), type=float)
     parser.flag("--inner-epochs", 1, "passes over each rollout batch")
     parser.flag("--minibatches", 1, "optimiser steps a pass")
     parser.flag("--save-every", 20, "steps between checkpoints and samples")
@@ -107,6 +111,8 @@ def resolve_algorithm(args) -> Algorithm:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
     if args.group_size == 1 and algorithm.scale == "group":
         raise UserError("--group-size 1 has no group deviation to scale by; use --scale none")
+    if not 0 <= args.world_min_p < 1:
+        raise UserError("--world-min-p must lie in [0, 1)")
     if args.prompts < world():
         raise UserError(f"--prompts {args.prompts} is less than the {world()} ranks; raise it")
     return algorithm
@@ -403,6 +409,7 @@ def main(args):
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.space != args.action_space:
         raise UserError(f"{parent} was trained in {agent.space} space, not {args.action_space}")
+    agent.world_min_p = args.world_min_p
     task = tasks.load_task(args.task, args.image_root)
     if not task.splits["rl"]:
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")

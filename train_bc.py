@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # (tiny, full scale) of each stage; the full-scale ones are the release's.
-SIZED = {"bc": {"steps": (300, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},
+SIZED = {"bc": {"steps": (200, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},
          "latent": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
          "token": {"steps": (40, 300), "lr": (1e-4, 5e-5), "batch_tokens": (2048, 8192)}}
 

@@ -149,7 +149,7 @@ def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
     moments give a, b by the method of moments, alpha = max(1, 1 + a/3), beta = max(1, 1 + b/3).
     Where no Beta fits (one prompt, no variance) the weight is 1; at most 1e6.
     """
-    m, v = all_p.mean(), all_p.var()
+    m, v = all_p.mean(), all_p.var(correction=min(1, len(all_p) - 1))
     if len(all_p) < 2 or v < 1e-8 or m * (1 - m) <= 0:
         return torch.ones_like(p)
     c = m * (1 - m) / v - 1

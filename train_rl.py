@@ -67,7 +67,7 @@ RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}   # of log ratios b
 
 def arguments() -> Parser:
     parser = Parser(__doc__)
-    parser.common_flags(steps=(160, 100), lr=(2e-4, 1e-6), batch_tokens=(2048, 8192),
+    parser.common_flags(steps=(80, 100), lr=(2e-4, 1e-6), batch_tokens=(2048, 8192),
                         world_min_p=(0.1, 0.0))
     parser.by_stage = lambda args: {"lr": (5e-4, 1e-6)} if args.action_space == "token" else {}
     parser.flag("--algo", "grpo", "row of the table of algorithms", choices=tuple(ALGORITHMS))

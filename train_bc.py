@@ -22,6 +22,7 @@ responses only; on corpora all text.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor,
     """Per labelled position of one batch: code loss, token loss, and a hit (K,) each.
 
     kind: "bc" and "latent" clone codes ("latent" also fits the merge), "release" and "token" fit
-    tokens. A hit is a right code, or in the latter two a right token.
+    tokens. A hit is the IDM's code as argmax, or in the latter two a token of probability > 1/2.
     """
     at, targets = batch.labelled()
     with agent.autocast():
@@ -81,14 +82,14 @@ def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor,
             h = agent.policy.hidden(x, batch.positions)
             h = h.gather(1, batch.text_index[..., None].expand(-1, -1, h.shape[-1]))[:, :-1][at]
             logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
-            return torch.zeros_like(logps), -logps, logps.detach() > -0.6931
+            return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
         if kind == "release":
             states = agent.project(agent.embeddings(batch), batch.has_image)
             with torch.no_grad():
                 codes = agent.policy(states, batch.text_positions)[:, :-1][at].argmax(-1)
             x = agent.world(states[:, :-1][at], agent.codebook(codes))
             logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
-            return torch.zeros_like(logps), -logps, logps.detach() > -0.6931
+            return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
         states = agent.states(batch)
         codes = idm_codes(agent, states, at)
         logits = agent.policy(states, batch.text_positions)[:, :-1][at]

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from model import (Agent, Parser, UserError, all_sum, atomic, format_table, gather, key_seed,
-                   launch, rank, read_rows, rollout, say, world)
+                   launch, rank, read_config, read_rows, rollout, say, world)
 
 import torch
 from torch import Tensor
@@ -710,6 +710,11 @@ def arguments() -> Parser:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
     parser.flag("--task", None, "task to evaluate on (default: each run's own)")
     parser.flag("--image-root", None, "folder that relative image paths start from")
+    parser.flag("--splits", ["id", "ood"], "which prompts; tune on `valid`, touch tests once",
+                nargs="+", choices=SPLITS)
+    parser.flag("--min-p", None, "latent: codes cannot choose tokens below this share of the "
+                "backbone's best (default: as in training); token: sample none below this share "
+                "of the policy's best (default: 0)", type=float)
     parser.flag("--prompts", 0, "evaluate on the first N prompts of each split (0: all)")
     parser.flag("--samples", 4, "sampled answers a prompt; best-of-N is over these")
     parser.flag("--temperature", 1.0, "action temperature of the sampled answers (paper: 0.1)")
@@ -734,10 +739,12 @@ def main(args):
         agent = Agent.from_run(folder, args.device, args.dtype)
         if agent.policy is None:
             raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
-        config = json.loads((folder / "config.json").read_text())
+        if args.min_p is not None:
+            agent.min_p = args.min_p
+        config = read_config(folder)
         task_name = args.task or config["args"]["task"]
         task = load_task(task_name, args.image_root or config["args"]["image_root"])
-        splits = {s: task.splits[s][:args.prompts or None] for s in ("id", "ood") if task.splits[s]}
+        splits = {s: task.splits[s][:args.prompts or None] for s in args.splits if task.splits[s]}
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
         table, predictions = evaluate(
             agent, task, splits, args.seed,

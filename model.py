@@ -124,8 +124,9 @@ class Parser(argparse.ArgumentParser):
         self.flag("--seed", 0, "seed of data order, noise and initial weights")
         self.flag("--steps", None, "optimiser steps" + self.shown("steps"), type=int)
         self.flag("--lr", None, "peak learning rate" + self.shown("lr"), type=float)
-        self.flag("--batch-tokens", None, "tokens per optimiser step over all ranks, of each "
-                  "kind of corpus" + self.shown("batch_tokens"), type=int)
+        if "batch_tokens" in sized:
+            self.flag("--batch-tokens", None, "tokens per optimiser step over all ranks, of each "
+                      "kind of corpus" + self.shown("batch_tokens"), type=int)
         self.flag("--dtype", "auto", "dtype of the frozen backbone (auto: bfloat16 on CUDA)",
                   choices=("auto", "float32", "bfloat16"))
         self.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
@@ -147,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         args = self.fill(self.parse_args(argv))
         for name in self.sized:
             value = getattr(args, name)
-            if value < 0 or (value == 0 and name != "world_min_p") or (name == "lr" and value > 10):
+            if value < 0 or (value == 0 and name != "min_p") or (name == "lr" and value > 10):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         return args
 
@@ -206,11 +207,6 @@ def say(*words):
     """Print once, from rank 0."""
     if rank() == 0:
         print(*words, flush=True)
-
-
-def progress(total: int, initial: int, desc: str) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=desc, disable=rank() != 0, smoothing=0.1,
-                mininterval=1.0)
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -348,6 +344,19 @@ def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> P
     return folder
 
 
+def read_config(folder) -> dict:
+    """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        if {"args", "derived", "parent", "parent_hash", "script_hash"} <= set(config):
+            return config
+        reason = "it is no config of a run"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise UserError(f"{folder}: config.json cannot be used ({reason}); name a run folder, or "
+                    "start this one again with --fresh")
+
+
 def file_hash(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
@@ -367,6 +376,9 @@ def atomic(path: Path, write):
                         "free the space or permission and run the same command") from None
 
 
+LOGS = ("log.jsonl", "samples.jsonl")
+
+
 class Run:
     """One run's folder: config.json, log.jsonl, samples.jsonl, state/, model.safetensors.
 
@@ -375,10 +387,11 @@ class Run:
     the step and the data cursors: no generator state.
     """
 
-    NOT_COMPARED = ("fresh", "run_root", "device", "save_every")
+    NOT_COMPARED = ("fresh", "run_root", "device", "save_every", "splits")   # change no weight
 
     def __init__(self, args, folder: Path, script: str, parent: Path | None, **derived):
         self.folder, self.skipped, self.started = Path(folder), 0, time.time()
+        self.save_every = args.save_every
         if args.fresh and rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         barrier()
@@ -392,7 +405,7 @@ class Run:
             "script_hash": file_hash(Path(__file__).with_name(script)), "argv": sys.argv}
         config_file = self.folder / "config.json"
         if config_file.exists():
-            self._check_same(json.loads(config_file.read_text()))
+            self._check_same(read_config(self.folder))
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds files but no config.json (half deleted?); "
                             "--fresh starts it again")
@@ -412,22 +425,50 @@ class Run:
         keys = sorted(set(old["args"]) | set(self.config["args"]))
         differing = [k for k in keys if k not in self.NOT_COMPARED
                      and old["args"].get(k) != self.config["args"].get(k)]
-        if old["parent_hash"] != self.config["parent_hash"]:
-            differing.append("parent")
+        differing += [k for k in ("parent_hash",) if old[k] != self.config[k]]
+        differing += [k for k in ("base", "mini") if old["derived"].get(k)
+                      != self.config["derived"].get(k)]
         if differing:
-            shown = ", ".join(f"{k}: {old['args'].get(k)} -> {self.config['args'].get(k)}"
-                              for k in differing)
+            was, now = ({**c, **c["derived"], **c["args"]} for c in (old, self.config))
+            shown = ", ".join(f"{k}: {was.get(k)} -> {now.get(k)}" for k in differing)
             raise UserError(f"{self.folder} was started with other arguments ({shown}); "
                             "use --name for a variant or --fresh to redo it")
         if old["script_hash"] != self.config["script_hash"]:
             say(f"warning: {self.config['script']} has changed since {self.folder} was started")
 
-    def log(self, row: dict):
-        """Append one row to log.jsonl (rank 0), numbers rounded to 7 digits."""
+    def steps(self, total: int, modules: dict[str, nn.Module], optimizers: list,
+              streams: dict[str, "Stream"] = {}, extra: dict = {}):
+        """Yield the steps that are left, the body of every training loop.
+
+        First weights, optimisers, cursors and `extra` are restored from the last checkpoint, if
+        there is one; a new one is made every `save_every` steps and after the last.
+        """
+        start = self._resume(modules, optimizers, streams, extra)
+        with tqdm(total=total, initial=start, desc=self.folder.name, disable=rank() != 0,
+                  smoothing=0.1, mininterval=1.0) as self.bar:
+            for step in range(start, total):
+                self.began = time.time()
+                yield step
+                if (step + 1) % self.save_every == 0 or step + 1 == total:
+                    self._save(step + 1, modules, optimizers, streams, extra)
+
+    def log(self, row: dict, shown: str):
+        """Append one step's row to log.jsonl (rank 0), numbers rounded to 7 digits, with the
+        step's seconds and the peak memory; `shown` goes to the progress bar."""
+        row = {**row, "seconds": time.time() - self.began, "peak_memory": peak_memory()}
+        self._append("log.jsonl", [{k: float(f"{v:.7g}") if isinstance(v, float) else v
+                                    for k, v in row.items()}])
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+
+    def _append(self, name: str, rows: list[dict]):
         if rank() == 0:
-            row = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in row.items()}
-            with open(self.folder / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            try:
+                with open(self.folder / name, "a") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in rows)
+            except OSError as error:
+                raise UserError(f"{self.folder / name}: cannot be written ({error.strerror}); the "
+                                "same command continues from the last checkpoint") from None
 
     def report(self, title: str, table: dict[str, dict[str, float]]):
         """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
@@ -438,46 +479,43 @@ class Run:
             atomic(file, lambda p: p.write_text(json.dumps({**old, title: table}, indent=1)))
 
     def sample(self, rows: list[dict]):
-        """Append rollouts to samples.jsonl (rank 0): the thing to look at."""
-        if rank() == 0:
-            with open(self.folder / "samples.jsonl", "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+        """Append rollouts to samples.jsonl: the thing to look at."""
+        self._append("samples.jsonl", rows)
 
-    def save(self, step: int, modules: dict[str, nn.Module], optimizers: list,
-             streams: dict[str, "Stream"] = {}, extra: dict = {}):
+    def _save(self, step: int, modules: dict, optimizers: list, streams: dict, extra: dict):
         """Atomic checkpoint after `step` steps: what trains, its optimisers, the data cursors."""
-        if rank() != 0:
-            return
-        logs = {name: (self.folder / name).stat().st_size if (self.folder / name).exists() else 0
-                for name in ("log.jsonl", "samples.jsonl")}
-        state = {"step": step, "cursors": {k: s.cursor for k, s in streams.items()},
-                 "extra": extra, "logs": logs, "skipped": self.skipped,
-                 "modules": {k: trained_state(m) for k, m in modules.items()},
-                 "optimizers": [o.state_dict() for o in optimizers]}
-        atomic(self.folder / "state" / "last.pt", lambda p: torch.save(state, p))
+        if rank() == 0:
+            logs = {name: (self.folder / name).stat().st_size for name in LOGS
+                    if (self.folder / name).exists()}
+            state = {"step": step, "cursors": {k: s.cursor for k, s in streams.items()},
+                     "extra": extra, "logs": logs, "skipped": self.skipped,
+                     "modules": {k: trained_state(m) for k, m in modules.items()},
+                     "optimizers": [o.state_dict() for o in optimizers]}
+            atomic(self.folder / "state" / "last.pt", lambda p: torch.save(state, p))
 
-    def resume(self, modules: dict[str, nn.Module], optimizers: list,
-               streams: dict[str, "Stream"] = {}) -> tuple[int, dict]:
-        """Load the checkpoint if there is one and cut the logs back to it: (step, extra)."""
-        path = self.folder / "state" / "last.pt"
-        if not path.exists():
-            for name in ("log.jsonl", "samples.jsonl"):
-                if rank() == 0:
-                    (self.folder / name).unlink(missing_ok=True)
-            return 0, {}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name], strict=False)
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        for name, stream in streams.items():
-            stream.cursor = state["cursors"][name]
-        self.skipped = state["skipped"]
-        for name, size in state["logs"].items():
+    def _resume(self, modules: dict, optimizers: list, streams: dict, extra: dict) -> int:
+        """Restore the last checkpoint and cut the logs back to it; the step to go on with."""
+        path, state = self.folder / "state" / "last.pt", {"step": 0, "logs": {}}
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise UserError(f"{path}: is not a checkpoint of this kit ({type(error).__name__});"
+                                " --fresh starts the run again") from None
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name], strict=False)
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            for name, stream in streams.items():
+                stream.cursor = state["cursors"][name]
+            extra.update(state["extra"])
+            self.skipped = state["skipped"]
+            say(f"continuing {self.folder} at step {state['step']}")
+        for name in LOGS:
             if rank() == 0 and (self.folder / name).exists():
-                os.truncate(self.folder / name, size)
-        say(f"continuing {self.folder} at step {state['step']}")
-        return state["step"], state["extra"]
+                os.truncate(self.folder / name, state["logs"].get(name, 0))
+        barrier()
+        return state["step"]
 
     def finish(self, modules: dict[str, nn.Module]):
         """Write model.safetensors (only what this stage trained), drop state/."""
@@ -516,9 +554,9 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def peak_memory(device) -> int:
-    """Peak bytes: of the CUDA allocator, or of the process's resident set on CPU."""
-    if torch.device(device).type == "cuda":
+def peak_memory() -> int:
+    """Peak bytes: of the CUDA allocator once it is used, else of the process's resident set."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -1212,6 +1250,12 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
     return model, tokenizer, processor
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter's first values as bfloat16: the same in any dtype and place."""
+    heads = [p.detach().flatten()[:16].to(torch.bfloat16).float().cpu() for p in model.parameters()]
+    return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]
+
+
 class Agent(nn.Module):
     """The frozen backbone and the modules of the method that a stage needs.
 
@@ -1224,10 +1268,11 @@ class Agent(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder, self.structure = encoder, dict(structure)
-        self.space, self.world_min_p = "latent", 0.0
+        self.space, self.min_p = "latent", 0.0
         self.projector = self.idm = self.codebook = self.world = self.policy = None
         text = backbone.model.language_model
         self.text_config, self.width = text.config, text.config.hidden_size
+        self.base_hash = fingerprint(backbone)
         bias = torch.zeros(backbone.lm_head.out_features)
         bias[encoder.vision_ids] = float("-inf")        # never sampled, never scored
         bias[len(encoder.tokenizer):] = float("-inf")   # rows of the head that are no tokens
@@ -1271,12 +1316,14 @@ class Agent(nn.Module):
 
     def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> "Agent":
         """Load what `folder` and its parents trained, the nearest last; frozen until asked for."""
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config, path = read_config(folder), Path(folder) / "model.safetensors"
         if config["parent"]:
             self.load_run(Path(folder) / config["parent"], skip)
-        path = Path(folder) / "model.safetensors"
         if not path.exists():
             raise UserError(f"{folder}: is not a finished run (no model.safetensors)")
+        if config["derived"]["base"] != self.base_hash:
+            raise UserError(f"{folder}: was trained on another base model than --model "
+                            f"{self.structure['base']}; redo it with --fresh or name its own base")
         try:
             state = load_file(path, device=str(self.device))
         except Exception as error:  # safetensors has its own exception type
@@ -1301,15 +1348,12 @@ class Agent(nn.Module):
     def from_run(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
                  skip: tuple[str, ...] = ("idm",)) -> "Agent":
         """A trained agent from its run folder alone."""
-        file = Path(folder) / "config.json"
-        if not file.exists():
-            raise UserError(f"{folder}: is not a run folder (no config.json)")
-        args = argparse.Namespace(**json.loads(file.read_text())["args"])
+        args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype = device, dtype
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
         agent = cls.from_base(args).load_run(folder, skip).eval()
-        agent.world_min_p = getattr(args, "world_min_p", 0.0)
+        agent.min_p = getattr(args, "min_p", 0.0)
         return agent
 
     @property
@@ -1393,14 +1437,13 @@ class Agent(nn.Module):
         """f_world(s, a) -> logits over the vocabulary, vision tokens masked.
 
         states (N, d), actions (N,) -> (N, vocab). Only ever called on single positions. With
-        `world_min_p`, outside the paper, a code cannot choose a token whose probability under
+        `min_p`, outside the paper, a code cannot choose a token whose probability under
         the backbone alone is below that share of its best token's."""
         x = self.world(states, self.codebook(actions)).to(states.dtype)
         logits = self.backbone.lm_head(x).float() + self.token_bias
-        if self.world_min_p:
+        if self.min_p:
             own = self.backbone.lm_head(states).float() + self.token_bias
-            floor = own.max(-1, keepdim=True).values + math.log(self.world_min_p)
-            logits = logits.masked_fill(own < floor, float("-inf"))
+            logits = logits + min_p_bias(own, self.min_p)
         return logits
 
     def acting(self) -> "Agent":
@@ -1464,6 +1507,12 @@ class Rollout:
                        self.prompt_mask[p], self.group)
 
 
+def min_p_bias(logits: Tensor, min_p: float) -> Tensor:
+    """0 for entries at least `min_p` times as likely as the best, else -inf: (N, n) -> (N, n)."""
+    floor = logits.max(-1, keepdim=True).values + math.log(min_p)
+    return torch.zeros_like(logits).masked_fill(logits < floor, float("-inf"))
+
+
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample one action a row by inverse CDF, or the best at temperature 0.
 
@@ -1497,7 +1546,6 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     P, T = batch.ids.shape
     N = P * group
     token_space = actor.space == "token"
-    bias = actor.token_bias if token_space else None
     uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
                                       .manual_seed(seed)) for seed in seeds or [0] * P])
     uniform = uniform.view(N, max_new_tokens).to(device)
@@ -1542,8 +1590,11 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     alive = torch.arange(N, device=device)          # rows of the outputs still running
     for t in range(max_new_tokens):
         logits = actor.policy.head(h).float()
-        a, logp = choose(logits if bias is None else logits + bias, uniform[alive, t],
-                         temperature)
+        if token_space:
+            logits = logits + actor.token_bias
+            if actor.min_p:                         # evaluation only: train_rl.py refuses it
+                logits = logits + min_p_bias(logits, actor.min_p)
+        a, logp = choose(logits, uniform[alive, t], temperature)
         x = a if token_space else actor.next_token_logits(s, a).argmax(-1)
         tokens[alive, t], actions[alive, t], logps[alive, t], inputs[alive, t] = x, a, logp, s
         stopped[alive] |= torch.isin(x, stop_ids)

@@ -170,16 +170,20 @@ def fresh_run(folder, *flags):
 def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path):
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (layer, other)]
-    run = fresh_run(tmp_path)
-    assert run.resume({"m": layer}, optimizers[:1]) == (0, {})
-    layer(torch.ones(1, 3)).sum().backward()
-    kit.optimizer_step(run, optimizers[:1], [])
-    run.log({"step": 0, "x": 1 / 3})
-    run.save(1, {"m": layer}, optimizers[:1], extra={"window": [1.0]})
-    run.log({"step": 1})                            # after the checkpoint: the run was killed here
+    run, extra = fresh_run(tmp_path, "--save-every", "1"), {"window": 0.0}
+    for step in run.steps(9, {"m": layer}, optimizers[:1], {}, extra):
+        if step == 1:
+            run.log({"step": 1}, "")                # after the checkpoint: the run was killed here
+            break
+        layer(torch.ones(1, 3)).sum().backward()
+        kit.optimizer_step(run, optimizers[:1], [])
+        run.log({"step": 0, "x": 1 / 3}, "")
+        extra["window"] = 1.0
     run = fresh_run(tmp_path, "--device", "cpu", "--save-every", "5")    # these change no result
-    assert run.resume({"m": other}, optimizers[1:]) == (1, {"window": [1.0]})
-    assert (tmp_path / "run/log.jsonl").read_text() == '{"step": 0, "x": 0.3333333}\n'
+    extra = {}
+    assert next(run.steps(9, {"m": other}, optimizers[1:], {}, extra)) == 1
+    (logged,) = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert (logged["step"], logged["x"], extra) == (0, 0.3333333, {"window": 1.0})
     for m, optimizer in zip((layer, other), optimizers):
         m(torch.full((1, 3), 2.0)).sum().backward()
         optimizer.step()
@@ -869,8 +873,8 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
     losses.sum().backward()
     assert losses.tolist() == [0, 0]
     batch = agent.encoder.collate(examples(ROWS[1:2], prompt=True), responses_only=True)
-    for kind in ("latent", "token"):
-        agent = agent if kind == "latent" else agent.make_token_policy()
+    for kind in ("clone", "token"):
+        agent = agent if kind == "clone" else agent.make_token_policy()
         code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, kind)
         (code_loss + token_loss).sum().backward()
         assert len(code_loss) == len(token_loss) == len(hits) == 0
@@ -933,7 +937,7 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     agent, batch = tiny_agent(), collated()
     states, (at, targets) = agent.states(batch), batch.labelled()
     codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
-    code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, "latent")
+    code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, "clone")
     logits = agent.policy(states, batch.text_positions)[:, :-1][at]     # at t, not t + 1
     x = agent.world(states[:, :-1][at], agent.codebook(codes))
     close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
@@ -1026,7 +1030,7 @@ def test_prompts_run_through_every_row_once_an_epoch():
     p, again = (train_rl.Prompts([{"id": i} for i in range(5)], 3) for _ in range(2))
     ids = [r["id"] for n in (2, 3, 4, 1) for r in p.next(n)]
     assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5)) and ids[:5] != ids[5:]
-    again.used = 4                                  # the cursor of a checkpoint
+    again.cursor = 4                              # the cursor of a checkpoint
     assert [r["id"] for r in again.next(6)] == ids[4:]
 
 

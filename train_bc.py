@@ -23,30 +23,37 @@ responses only; on corpora all text.
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import eval as tasks
 import train_idm
 from model import (Agent, Batch, Parser, Run, Stream, UserError, all_sum, cosine, folder_of,
-                   key_seed, launch, optimizer_step, peak_memory, progress, require, say, set_lr,
-                   task_tag, token_logprobs)
+                   key_seed, launch, optimizer_step, require, say, set_lr, task_tag,
+                   token_logprobs)
 from train_projector import corpora, ensure_base, next_batches
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (tiny, full scale) of each stage; the full-scale ones are the release's.
+# (tiny, full scale) of each kind of cloning; the full-scale ones are the release's.
 SIZED = {"bc": {"steps": (200, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},
-         "latent": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
+         "clone": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
+         "release": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
          "token": {"steps": (40, 300), "lr": (1e-4, 5e-5), "batch_tokens": (2048, 8192)}}
+TRAINED = {"bc": ["policy"], "clone": ["policy", "world"], "release": ["backbone"],
+           "token": ["policy"]}
+
+
+def kind_of(args) -> str:
+    """Which row of SIZED and TRAINED the flags ask for."""
+    return "bc" if args.stage == "bc" else "token" if args.action_space == "token" else args.sft
 
 
 def arguments() -> Parser:
     parser = Parser(__doc__)
-    parser.common_flags(**SIZED["latent"])
-    parser.by_stage = lambda args: SIZED["bc" if args.stage == "bc" else args.action_space]
+    parser.common_flags(**SIZED["clone"])
+    parser.by_stage = lambda args: SIZED[kind_of(args)]
     parser.flag("--stage", "sft", "bc: corpora only; sft: then the task's demonstrations",
                 choices=("bc", "sft"))
     parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
@@ -71,7 +78,7 @@ def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
 def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Per labelled position of one batch: code loss, token loss, and a hit (K,) each.
 
-    kind: "bc" and "latent" clone codes ("latent" also fits the merge), "release" and "token" fit
+    kind: "bc" and "clone" clone codes ("clone" also fits the merge), "release" and "token" fit
     tokens. A hit is the IDM's code as argmax, or in the latter two a token of probability > 1/2.
     """
     at, targets = batch.labelled()
@@ -95,7 +102,7 @@ def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor,
         logits = agent.policy(states, batch.text_positions)[:, :-1][at]
         code_loss = cloning_loss(logits, codes)
         token_loss = torch.zeros_like(code_loss)
-        if kind == "latent":
+        if kind == "clone":
             x = agent.world(states[:, :-1][at], agent.codebook(codes))
             token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
         return code_loss, token_loss, logits.argmax(-1) == codes
@@ -131,36 +138,27 @@ def bc_report(agent: Agent, held: dict[str, list], positions: int = 256) -> dict
     return report
 
 
-def sft_folder(args) -> Path:
-    ways = {"latent": "-release" if args.sft == "release" else "", "token": ""}
-    stage = f"sft-{task_tag(args.task)}-{args.action_space}{ways[args.action_space]}"
-    return folder_of(args, stage)
+def folder(args) -> Path:
+    """Where this kind of cloning is kept: bc/, sft-<task>-<space>/, sft-<task>-latent-release/."""
+    kind = kind_of(args)
+    space = {"bc": "", "clone": "latent", "release": "latent-release", "token": "token"}[kind]
+    return folder_of(args, "bc" if kind == "bc" else f"sft-{task_tag(args.task)}-{space}")
 
 
-def ensure(args, action_space: str, sft: str = "clone") -> Path:
-    """The finished SFT run that RL in `action_space` starts from."""
-    wanted = argparse.Namespace(**{**vars(args), "action_space": action_space, "sft": sft,
-                                   "name": "", "stage": "sft"})
-    return require(args, sft_folder(wanted), "train_bc.py", main, arguments(),
-                   action_space=action_space, sft=sft)
+def ensure(args, **wanted) -> Path:
+    """The finished run that `wanted` (stage, action_space, sft) calls for."""
+    other = argparse.Namespace(**{**vars(args), "name": "", **wanted})
+    return require(args, folder(other), "train_bc.py", main, arguments(), **wanted)
 
 
 def main(args):
-    if args.task == "mini" and args.model != "tiny" and args.stage == "sft":
-        say("note: --task mini on a large model only checks the plumbing")
-    if args.stage == "bc":
-        parent, kind, trained = train_idm.ensure(args), "bc", ["policy"]
-        folder = folder_of(args, "bc")
-    elif args.action_space == "token":
-        ensure_base(args)
-        parent, kind, trained = None, "token", ["policy"]
-        folder = sft_folder(args)
+    kind = kind_of(args)
+    if kind == "bc":
+        parent = train_idm.ensure(args)
+    elif kind == "token":
+        parent = ensure_base(args)
     else:
-        bc = propagated_bc(args)
-        parent = require(args, folder_of(bc, "bc"), "train_bc.py", main, arguments(), stage="bc")
-        kind, trained = ("latent", ["policy", "world"]) if args.sft == "clone" \
-            else ("release", ["backbone"])
-        folder = sft_folder(args)
+        parent = ensure(args, stage="bc")
     if kind == "release":
         args.dtype = "float32"                     # the backbone itself trains
     agent = Agent.from_base(args)
@@ -170,7 +168,7 @@ def main(args):
         agent.make_token_policy()
     elif kind == "bc":
         agent.make("policy", seed=args.seed)
-    run = Run(args, folder, "train_bc.py", parent, space="token" if kind == "token" else "latent",
+    run = Run(args, folder(args), "train_bc.py", parent, space=agent.space, base=agent.base_hash,
               mini=tasks.mini_hash())
     if run.finished:
         return
@@ -183,15 +181,12 @@ def main(args):
         streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
                                  key_seed(args.seed, "sft"), max_tokens=4096,
                                  responses_only=True)}
-    modules = agent.train_only(*trained)
+    modules = agent.train_only(*TRAINED[kind])
     if kind == "release":
         freeze_lower(agent, args.policy_layers)
     params = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, weight_decay=0.0)
-    start, _ = run.resume(modules, [optimizer], streams)
-    bar = progress(args.steps, start, folder.name)
-    for step in range(start, args.steps):
-        began = time.time()
+    for step in run.steps(args.steps, modules, [optimizer], streams):
         batches, row_ids = next_batches(agent, streams, ("paired", "text", "sft"))
         count = all_sum(torch.tensor(sum(int(b.targets.sum()) for b in batches)))
         count = count.clamp(min=1).item()
@@ -205,13 +200,8 @@ def main(args):
         norm = optimizer_step(run, [optimizer], row_ids)
         code_ce, token_ce, accuracy = (all_sum(total) / count).tolist()
         run.log({"step": step, "code_ce": code_ce, "token_ce": token_ce, "accuracy": accuracy,
-                 "lr": lr, "grad_norm": norm, "seconds": time.time() - began,
-                 "peak_memory": peak_memory(agent.device)})
-        bar.update()
-        bar.set_postfix_str(f"code {code_ce:.3f} token {token_ce:.3f} hits {accuracy:.2f}")
-        if (step + 1) % args.save_every == 0:
-            run.save(step + 1, modules, [optimizer], streams)
-    bar.close()
+                 "lr": lr, "grad_norm": norm},
+                f"code {code_ce:.3f} token {token_ce:.3f} hits {accuracy:.2f}")
     if kind == "bc":
         run.report("policy, held out", bc_report(agent, held))
     else:
@@ -220,11 +210,6 @@ def main(args):
         run.report("reward, validation prompts", table)
         run.sample(samples[:20])
     run.finish(modules)
-
-
-def propagated_bc(args):
-    """The names that find the BC folder of an SFT run: never its --name."""
-    return argparse.Namespace(**{**vars(args), "name": ""})
 
 
 def freeze_lower(agent: Agent, n_layers: int):

@@ -19,13 +19,12 @@ labelled positions only.
     torchrun --nproc-per-node 8 train_idm.py --model ... --paired ... --text ...
 """
 
-import time
 from pathlib import Path
 
 import eval as tasks
 import train_projector
 from model import (Agent, Batch, Parser, Run, all_sum, cosine, folder_of, keyed_gumbel, launch,
-                   optimizer_step, peak_memory, progress, require, say, set_lr, token_logprobs)
+                   optimizer_step, require, say, set_lr, token_logprobs)
 from train_projector import (corpora, ensure_base, next_batches, projector_counts,
                              projector_losses, projector_report)
 
@@ -120,7 +119,8 @@ def main(args):
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
     if parent:
         agent.load_run(parent)
-    run = Run(args, folder_of(args, "idm"), "train_idm.py", parent, mini=tasks.mini_hash())
+    run = Run(args, folder_of(args, "idm"), "train_idm.py", parent, base=agent.base_hash,
+              mini=tasks.mini_hash())
     if run.finished:
         return
     streams, held = corpora(args, agent.encoder)
@@ -129,11 +129,8 @@ def main(args):
     optimizers = [torch.optim.AdamW(latent, weight_decay=0.0)]
     if parent:
         optimizers.append(torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0))
-    start, extra = run.resume(modules, optimizers, streams)
-    window = torch.tensor(extra.get("window", [0.0] * args.codes), dtype=torch.double)
-    bar = progress(args.steps, start, "idm")
-    for step in range(start, args.steps):
-        began = time.time()
+    extra = {"window": torch.zeros(args.codes, dtype=torch.double)}
+    for step in run.steps(args.steps, modules, optimizers, streams, extra):
         kinds = ("paired", "text") if step >= args.paired_steps else ("paired",)
         batches, row_ids = next_batches(agent, streams, kinds)
         counts, latent_counts = projector_counts(batches), inverse_counts(batches)
@@ -161,22 +158,16 @@ def main(args):
             set_lr(optimizer, lr)
         norm = optimizer_step(run, optimizers, row_ids)
         total, n_latent, n_projector = all_sum(total), latent_counts.cpu(), counts.cpu()
-        window = WINDOW * window + total[5:]
-        usage = tasks.code_usage(window)
+        extra["window"] = WINDOW * extra["window"] + total[5:]
+        usage = tasks.code_usage(extra["window"])
         ce_paired, ce_text = (total[:2] / n_latent).tolist()
         run.log({"step": step, "ce_paired": ce_paired, "ce_text": ce_text,
                  "entropy": (total[2] / total[5:].sum()).item(),
                  "loss_paired": (total[3] / n_projector[0]).item(),
                  "loss_cycle": (total[4] / n_projector[1]).item(), **usage, "lr": lr,
-                 "grad_norm": norm, "seconds": time.time() - began,
-                 "peak_memory": peak_memory(agent.device)})
-        bar.update()
-        bar.set_postfix_str(f"ce {ce_paired:.3f}/{ce_text:.3f} codes {usage['codes_used']} "
-                            f"perplexity {usage['code_perplexity']:.1f}")
-        if (step + 1) % args.save_every == 0:
-            run.save(step + 1, modules, optimizers, streams, {"window": window.tolist()})
-    bar.close()
-    if usage_collapsed(window):
+                 "grad_norm": norm}, f"ce {ce_paired:.3f}/{ce_text:.3f} codes "
+                f"{usage['codes_used']} perplexity {usage['code_perplexity']:.1f}")
+    if tasks.code_usage(extra["window"])["code_perplexity"] < 4:
         say("warning: the codebook has collapsed (perplexity below 4); see README, Troubleshooting")
     if parent:
         run.report("squared error, held out", projector_report(agent, held))
@@ -191,10 +182,6 @@ def inverse_counts(batches: list[Batch]) -> Tensor:
         n = b.targets.sum(1)
         counts += torch.stack([n[b.has_image].sum(), n[~b.has_image].sum()]).cpu()
     return all_sum(counts).clamp(min=1).float().to(batches[0].ids.device if batches else None)
-
-
-def usage_collapsed(window: Tensor) -> bool:
-    return tasks.code_usage(window)["code_perplexity"] < 4
 
 
 if __name__ == "__main__":

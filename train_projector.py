@@ -17,16 +17,15 @@ Qwen2.5-VL taught the mini world from nothing, so that the whole method runs wit
     torchrun --nproc-per-node 8 train_projector.py --model ... --paired ... --text ...
 """
 
+import argparse
 import os
 import shutil
-import time
 from pathlib import Path
 
 import eval as tasks
 from model import (Agent, Batch, Encoder, Parser, Projector, Run, Stream, UserError, all_sum,
                    barrier, cosine, folder_of, key_seed, launch, micro_batches, model_root,
-                   optimizer_step, peak_memory, progress, rank, reduce_gradients, require, say,
-                   set_lr, tiny_base, token_logprobs)
+                   optimizer_step, rank, require, say, set_lr, tiny_base, token_logprobs)
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +55,8 @@ def arguments() -> Parser:
 def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
     """Each visual token names its cell through the tied embedding: grounding's kick-start.
 
-    words: row id -> (4 cells, 4) token ids of colour, shape and cell. Returns the sum over rows. Without this a model this
-    small needs thousands of captions before it looks at the picture at all.
+    words: row id -> (4 cells, 4) token ids of colour, shape and cell. Returns the sum over rows.
+    Without this a model this small needs thousands of captions before it looks at the picture.
     """
     features = agent.backbone.model.get_image_features(pixel_values=batch.pixels,
                                                        image_grid_thw=batch.grids)
@@ -85,58 +84,60 @@ def language_loss(agent: Agent, batch: Batch) -> Tensor:
 def ensure_base(args):
     """Pre-train the tiny Qwen2.5-VL if it is missing: align, captions, dialogues.
 
-    Saved as an ordinary Qwen2.5-VL folder, which everything else treats like the hub's.
+    Saved as an ordinary Qwen2.5-VL folder, which everything else treats like the hub's; how it
+    was trained stands in its subfolder pretraining/.
     """
     folder = model_root(args) / "base"
     if args.model != "tiny" or (folder / "model.safetensors").exists():
         return
-    say(f"{folder} is missing: pre-training the embedded base")
+    say(f"{folder} is missing or unfinished: pre-training the embedded base")
+    run = Run(argparse.Namespace(seed=args.seed, save_every=200, fresh=False),
+              folder / "pretraining", "train_projector.py", None, mini=tasks.mini_hash())
     texts = [m["content"] for kind in ("caption", "base", "text")
              for row in tasks.mini_corpus(kind, 1500, args.seed) for m in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, args.seed)
     encoder = Encoder(tokenizer, processor, model.config)
     agent = Agent(model, encoder, {})
     model.train().requires_grad_(True)
-    params = list(model.parameters())
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
     matrices = {id(p) for name, p in model.named_parameters()
                 if p.dim() == 2 and "embed" not in name}
-    muon = torch.optim.Muon([p for p in params if id(p) in matrices], weight_decay=0.0)
-    adamw = torch.optim.AdamW([p for p in params if id(p) not in matrices], betas=(0.9, 0.95),
-                              weight_decay=0.0)
-    bar = progress(sum(steps for _, steps, _, _ in BASE_PHASES), 0, "base")
-    for phase, steps, muon_lr, adamw_lr in BASE_PHASES:
-        rows = [row for kind, n in BASE_ROWS[phase].items()
-                for row in tasks.mini_corpus(kind, n, key_seed(args.seed, phase))]
-        stream = Stream(rows, encoder, BASE_TOKENS, key_seed(args.seed, phase))
-        words = dict(zip((r["id"] for r in rows), cell_words(rows, tokenizer))) \
-            if phase == "align" else None
-        for step in range(steps):
-            examples, loss, count = stream.next(), torch.zeros(()), 1
-            if examples:
-                batch = encoder.collate(examples)
-                loss, count = (align_loss(agent, batch, words), len(examples)) \
-                    if phase == "align" else (language_loss(agent, batch), batch.targets.sum())
-            total = all_sum(torch.as_tensor(count if examples else 0)).item()
-            if examples:
-                (loss / total).backward()
-            reduce_gradients(params)
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            factor = cosine(step, steps, warmup=0.05, floor=0.05)
-            for optimizer, lr in ((muon, muon_lr), (adamw, adamw_lr)):
-                set_lr(optimizer, lr * factor)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            bar.set_postfix_str(f"{phase} loss {loss.item() / count:.3f}")
-    bar.close()
+    optimizers = [torch.optim.Muon([p for p in model.parameters() if id(p) in matrices],
+                                   weight_decay=0.0),
+                  torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices],
+                                    betas=(0.9, 0.95), weight_decay=0.0)]
+    rows = {phase: [row for kind, n in BASE_ROWS[phase].items()
+                    for row in tasks.mini_corpus(kind, n, key_seed(args.seed, phase))]
+            for phase in BASE_ROWS}
+    streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(args.seed, phase))
+               for phase in rows}
+    words = dict(zip((row["id"] for row in rows["align"]), cell_words(rows["align"], tokenizer)))
+    plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
+    for at in run.steps(len(plan), {"backbone": model}, optimizers, streams):
+        phase, step, steps, *lrs = plan[at]
+        batches, row_ids = next_batches(agent, streams, (phase,))
+        count = all_sum(torch.tensor(sum(len(b.row_ids) if phase == "align" else
+                                         int(b.targets.sum()) for b in batches))).item()
+        total = torch.zeros(())
+        for batch in batches:
+            loss = align_loss(agent, batch, words) if phase == "align" \
+                else language_loss(agent, batch)
+            (loss / count).backward()
+            total += loss.detach()
+        for optimizer, lr in zip(optimizers, lrs):
+            set_lr(optimizer, lr * cosine(step, steps, warmup=0.05, floor=0.05))
+        norm = optimizer_step(run, optimizers, row_ids)
+        loss = (all_sum(total) / count).item()
+        run.log({"step": at, "phase": phase, "loss": loss, "grad_norm": norm},
+                f"{phase} loss {loss:.3f}")
     if rank() == 0:
-        half_made = folder.with_name(".base.tmp")
-        shutil.rmtree(half_made, ignore_errors=True)
+        half_made = folder / "pretraining" / "finished"
         for part in (model.eval(), tokenizer, processor):
             part.save_pretrained(half_made)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(half_made, folder)
+        for file in sorted(half_made.iterdir(), key=lambda f: f.name == "model.safetensors"):
+            os.replace(file, folder / file.name)    # the weights last: with them it is finished
+        half_made.rmdir()
+        shutil.rmtree(folder / "pretraining" / "state")
     barrier()
 
 
@@ -248,17 +249,14 @@ def main(args):
     ensure_base(args)
     agent = Agent.from_base(args).make("projector", seed=args.seed)
     run = Run(args, folder_of(args, "projector"), "train_projector.py", None,
-              mini=tasks.mini_hash())
+              base=agent.base_hash, mini=tasks.mini_hash())
     if run.finished:
         return
     streams, held = corpora(args, agent.encoder)
     modules = agent.train_only("projector")
     optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
-    start, cursors = run.resume(modules, [optimizer], streams)
     paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
-    bar = progress(args.steps, start, "projector")
-    for step in range(start, args.steps):
-        began = time.time()
+    for step in run.steps(args.steps, modules, [optimizer], streams):
         joint = step >= paired_steps and not args.no_cycle
         batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else ("paired",))
         counts = projector_counts(batches)
@@ -274,13 +272,7 @@ def main(args):
         norm = optimizer_step(run, [optimizer], row_ids)
         paired, cycled = (all_sum(total) / counts.cpu()).tolist()
         run.log({"step": step, "loss_paired": paired, "loss_cycle": cycled, "lr": lr,
-                 "grad_norm": norm, "seconds": time.time() - began,
-                 "peak_memory": peak_memory(agent.device)})
-        bar.update()
-        bar.set_postfix_str(f"paired {paired:.3f} cycle {cycled:.3f}")
-        if (step + 1) % args.save_every == 0:
-            run.save(step + 1, modules, [optimizer], streams)
-    bar.close()
+                 "grad_norm": norm}, f"paired {paired:.3f} cycle {cycled:.3f}")
     run.report("squared error, held out", projector_report(agent, held))
     run.finish(modules)
 

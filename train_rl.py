@@ -31,8 +31,8 @@ from pathlib import Path
 import eval as tasks
 import train_bc
 from model import (Agent, Parser, Rollout, Run, UserError, action_statistics, all_sum, folder_of,
-                   format_table, gather, key_seed, launch, optimizer_step, peak_memory, progress,
-                   rank, replay, rollout, say, set_lr, task_tag, world)
+                   gather, key_seed, launch, optimizer_step, rank, replay, rollout, say, set_lr,
+                   task_tag, world)
 
 import torch
 from torch import Tensor
@@ -67,9 +67,9 @@ RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}   # of log ratios b
 
 def arguments() -> Parser:
     parser = Parser(__doc__)
-    parser.common_flags(steps=(80, 100), lr=(2e-4, 1e-6), batch_tokens=(2048, 8192),
-                        world_min_p=(0.1, 0.0))
-    parser.by_stage = lambda args: {"lr": (5e-4, 1e-6)} if args.action_space == "token" else {}
+    parser.common_flags(steps=(80, 100), lr=(2e-4, 1e-6), min_p=(0.1, 0.0))
+    parser.by_stage = lambda args: {"lr": (5e-4, 1e-6), "min_p": (0.0, 0.0)} \
+        if args.action_space == "token" else {}
     parser.flag("--algo", "grpo", "row of the table of algorithms", choices=tuple(ALGORITHMS))
     parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
     parser.flag("--sft", "clone", "latent SFT to start from", choices=("clone", "release"))
@@ -88,11 +88,13 @@ def arguments() -> Parser:
     parser.flag("--prompts", 8, "prompts a step over all ranks")
     parser.flag("--max-new-tokens", 0, "longest answer (0: the task's)")
     parser.flag("--temperature", 1.0, "of the action distribution, in sampling and scoring")
-    parser.flag("--world-min-p", None, "outside the paper: codes cannot choose tokens less likely "
+    parser.flag("--min-p", None, "outside the paper: codes cannot choose tokens less likely "
                 "under the backbone than this share of its best; 0 is off"
-                + parser.shown("world_min_p"), type=float)
+                + parser.shown("min_p"), type=float)
     parser.flag("--inner-epochs", 1, "passes over each rollout batch")
     parser.flag("--minibatches", 1, "optimiser steps a pass")
+    parser.flag("--splits", ["id", "ood"], "evaluated before and after; tune on `valid`",
+                nargs="+", choices=tasks.SPLITS)
     parser.flag("--save-every", 20, "steps between checkpoints and samples")
     return parser
 
@@ -111,8 +113,11 @@ def resolve_algorithm(args) -> Algorithm:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
     if args.group_size == 1 and algorithm.scale == "group":
         raise UserError("--group-size 1 has no group deviation to scale by; use --scale none")
-    if not 0 <= args.world_min_p < 1:
-        raise UserError("--world-min-p must lie in [0, 1)")
+    if not 0 <= args.min_p < 1:
+        raise UserError("--min-p must lie in [0, 1)")
+    if args.min_p and args.action_space == "token":
+        raise UserError("--min-p with --action-space token would sample from another support than "
+                        "is scored; train without it and give it to eval.py")
     if args.prompts < world():
         raise UserError(f"--prompts {args.prompts} is less than the {world()} ranks; raise it")
     return algorithm
@@ -241,16 +246,16 @@ class Prompts:
     """The task's RL prompts in an endless order that depends on the seed alone."""
 
     def __init__(self, rows: list[dict], seed: int):
-        self.rows, self.seed, self.used = rows, seed, 0
+        self.rows, self.seed, self.cursor = rows, seed, 0
 
     def next(self, n: int) -> list[dict]:
         taken = []
         for _ in range(n):
-            epoch, place = divmod(self.used, len(self.rows))
+            epoch, place = divmod(self.cursor, len(self.rows))
             order = list(range(len(self.rows)))
             random.Random(key_seed(self.seed, "prompts", epoch)).shuffle(order)
             taken.append(self.rows[order[place]])
-            self.used += 1
+            self.cursor += 1
         return taken
 
 
@@ -405,59 +410,49 @@ def step_figures(agent: Agent, rounds: list[Judged], kept: list[int], played: in
 
 def main(args):
     algorithm = resolve_algorithm(args)
-    parent = train_bc.ensure(args, args.action_space, args.sft)
+    parent = train_bc.ensure(args, stage="sft", action_space=args.action_space, sft=args.sft)
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.space != args.action_space:
         raise UserError(f"{parent} was trained in {agent.space} space, not {args.action_space}")
-    agent.world_min_p = args.world_min_p
+    agent.min_p = args.min_p
     task = tasks.load_task(args.task, args.image_root)
     if not task.splits["rl"]:
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     folder = folder_of(args, f"rl-{task_tag(args.task)}-{args.algo}-{args.action_space}"
                              f"-s{args.seed}")
     run = Run(args, folder, "train_rl.py", parent, space=args.action_space,
-              algorithm=vars(algorithm), mini=tasks.mini_hash())
+              algorithm=vars(algorithm), base=agent.base_hash, mini=tasks.mini_hash())
     if run.finished:
         return
     initial = copy.deepcopy(agent.policy)                     # the start, and the KL's reference
     reference = initial if algorithm.beta > 0 else None
     modules = agent.train_only("policy")
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    start, extra = run.resume(modules, [optimizer])
     prompts = Prompts(task.splits["rl"], args.seed)
-    prompts.used = extra.get("prompts_used", 0)
-    bar = progress(args.steps, start, folder.name)
-    for step in range(start, args.steps):
-        began = time.time()
+    for step in run.steps(args.steps, modules, [optimizer], {"prompts": prompts}):
         rounds, kept, played, (t_rollout, t_judge) = collect(agent, task, prompts, args, algorithm,
                                                              step)
         rolled = time.time()
         lr = args.lr * min(1.0, (step + 1) / 5)
         set_lr(optimizer, lr)
         figures = step_figures(agent, rounds, kept, played)
+        tokens = figures.pop("tokens")
         if kept:      # else AdamW's momentum alone would move the policy
             figures |= update(agent, reference, optimizer, run, rounds, kept, args, algorithm, task)
-        seconds = time.time() - began
+        t_update = time.time() - rolled
         run.log({"step": step, **figures, "lr": lr, "seconds_rollout": t_rollout,
-                 "seconds_judge": t_judge, "seconds_update": time.time() - rolled,
-                 "tokens_per_second": figures.pop("tokens") / seconds,
-                 "peak_memory": peak_memory(agent.device)})
-        bar.update()
-        bar.set_postfix_str(f"reward {figures['reward_mean']:.3f} "
-                            f"distinct {figures['distinct_answers']:.2f}")
-        if (step + 1) % args.save_every == 0:
-            if rounds:
-                j = rounds[0]
-                run.sample([{"step": step, "prompt": j.rows[0]["messages"][:-1], "answer": text,
-                             "reward": r} for text, r in zip(j.rollout.texts,
-                                                             j.rewards[0].tolist())])
-            run.save(step + 1, modules, [optimizer], extra={"prompts_used": prompts.used})
-    bar.close()
-    run.save(args.steps, modules, [optimizer], extra={"prompts_used": prompts.used})
-    splits = {name: task.splits[name] for name in ("id", "ood") if task.splits[name]}
+                 "seconds_judge": t_judge, "seconds_update": t_update,
+                 "tokens_per_second": tokens / (t_rollout + t_judge + t_update)},
+                f"reward {figures['reward_mean']:.3f} distinct {figures['distinct_answers']:.2f}")
+        if rounds and (step + 1) % args.save_every == 0:
+            shown = rounds[0]
+            run.sample([{"step": step, "prompt": shown.rows[0]["messages"][:-1], "answer": text,
+                         "reward": reward} for text, reward in zip(shown.rollout.texts,
+                                                                   shown.rewards[0].tolist())])
+    splits = {name: task.splits[name] for name in args.splits if task.splits[name]}
     if splits:
         say(f"evaluating the start and the trained policy on {sum(map(len, splits.values()))} "
-            "fixed test prompts")
+            "fixed prompts")
         trained, agent.policy = agent.policy, initial
         _, before = tasks.evaluate(agent.eval(), task, splits, args.seed)
         agent.policy = trained

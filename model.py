@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -331,14 +332,16 @@ def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> P
         return folder
     other = propagate(args, parser, **fixed)
     if args.model != "tiny":
-        words = [f"--{k.replace('_', '-')} " + " ".join(v if isinstance(v, list) else [str(v)])
-                 for k in ("model", "task", "paired", "text", "image_root", "run_root")
-                 if (v := getattr(other, k)) and v != parser.get_default(k)]
-        words += [f"--{k.replace('_', '-')}" for k in ("no_text", "no_projector", "no_cycle")
-                  if getattr(other, k)]
-        words += [f"--{k.replace('_', '-')} {v}" for k, v in fixed.items()]
-        raise UserError(f"{folder} is missing or unfinished; run first: python {script} "
-                        + " ".join(words))
+        usual = propagate(args, parser, **{k: parser.get_default(k) for k in PROPAGATED[1:]})
+        words = ["--model", args.model]
+        for key in (*PROPAGATED[1:], *fixed):
+            value = getattr(other, key)
+            if key in fixed or value != getattr(usual, key):
+                words.append("--" + key.replace("_", "-"))
+                words += [] if value is True else map(str, value if isinstance(value, list)
+                                                      else [value])
+        raise UserError(f"{folder} is missing or unfinished; run first: "
+                        + shlex.join(["python", script, *words]))
     say(f"{folder} is missing or unfinished: running {script} first")
     main(other)
     return folder
@@ -618,7 +621,7 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
         raise UserError(f"{where}: {placeholders} `<image>` placeholders but {len(images)} images")
     row["images"] = [i if isinstance(i, Image.Image) else
                      str(Path(image_root or folder or ".") / i) for i in images]
-    row["id"] = str(raw.get("id", where))
+    row["id"], row["where"] = str(raw.get("id", where)), where
     return row
 
 
@@ -633,7 +636,7 @@ def read_rows(files, image_root: str | None = None, position: tuple = (0, 0, 0))
         offset, line = position[1:] if index == position[0] else (0, 0)
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                if f.peek(1)[:1] == b"[":
+                if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                     try:
                         rows = json.load(f)
                     except ValueError as error:
@@ -668,13 +671,15 @@ def open_image(image, where: str) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{where}: image {image} is missing; see --image-root") from None
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {image} is not a usable image ({error})") from None
+        raise UserError(f"{where}: {image} is not a usable image ({error}); replace it or remove "
+                        "the row") from None
 
 
 @dataclass
 class Example:
     """One tokenised row: T tokens, image placeholders expanded."""
     id: str
+    where: str                  # file:line for errors
     ids: Tensor                 # (T,) token ids
     positions: Tensor           # (3, T) temporal, height, width
     text: Tensor                # (T,) bool: not a vision token
@@ -759,6 +764,7 @@ class Encoder:
             [i for t in VISION_TOKENS if (i := tokenizer.convert_tokens_to_ids(t)) is not None])
         self.stop_ids = torch.tensor(sorted(
             {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}))
+        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>", "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         self.fixed_size = IMAGE_SIZE if self._budget() >= IMAGE_SIZE[0] * IMAGE_SIZE[1] else None
 
@@ -775,11 +781,15 @@ class Encoder:
             height, width = smart_resize(height, width, factor=p.patch_size * self.merge,
                                          min_pixels=low, max_pixels=self._budget())
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
         return 1, height // p.patch_size, width // p.patch_size
 
     def encode(self, row: dict, prompt: bool = False) -> Example:
         """Tokenise a row; with `prompt`, without its last assistant turn and ready to answer."""
+        where = row.get("where", f"row {row['id']}")
+        for token in self.reserved:
+            if any(token in m["content"] for m in row["messages"]):
+                raise UserError(f"{where}: its text contains a literal {token}; remove it")
         messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
                     for m in row["messages"]]
         if prompt and messages[-1]["role"] == "assistant":
@@ -788,12 +798,9 @@ class Encoder:
                                                   add_generation_prompt=prompt)
         ids = self.tokenizer.encode(text.rstrip("\n") if not prompt else text,
                                     add_special_tokens=False)
-        where = f"row {row['id']}"
         images = [open_image(image, where) for image in row["images"]]
         grids = torch.tensor([self.grid(image, where) for image in images],
                              dtype=torch.long).view(-1, 3)
-        if ids.count(self.image_token) != len(images):
-            raise UserError(f"{where}: its text contains a literal image token; remove it")
         counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
         ids = [i for token in ids
                for i in [token] * (next(counts) if token == self.image_token else 1)]
@@ -805,7 +812,7 @@ class Encoder:
             elif t and ids[max(0, t - len(self.turn)):t] == self.turn:  # ids[t] is the newline(s)
                 inside = True
         ids = torch.tensor(ids)
-        return Example(row["id"], ids, mrope_positions(ids, grids, self.image_token, self.merge),
+        return Example(row["id"], where, ids, mrope_positions(ids, grids, self.image_token, self.merge),
                        ~torch.isin(ids, self.vision_ids), torch.tensor(response), row["images"],
                        grids)
 
@@ -813,12 +820,12 @@ class Encoder:
         """(patches, 1176) of a row's images, decoded here and not before."""
         pictures = []
         for image in example.images:
-            picture = open_image(image, f"row {example.id}")
+            picture = open_image(image, example.where)
             try:
                 picture = picture.convert("RGB")
             except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-                raise UserError(f"row {example.id}: {image} is truncated or broken "
-                                f"({error})") from None
+                raise UserError(f"{example.where}: {image} is truncated or broken "
+                                f"({error}); replace it or remove the row") from None
             if self.fixed_size:
                 picture = picture.resize(self.fixed_size[::-1], Image.BICUBIC)
             pictures.append(picture)
@@ -1129,8 +1136,8 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     rows = max(1, chunk // head.out_features)
     out = [checkpoint(piece, x[i:i + rows], targets[i:i + rows], use_reentrant=False)
            if torch.is_grad_enabled() else piece(x[i:i + rows], targets[i:i + rows])
-           for i in range(0, len(x), rows)]
-    return torch.cat(out) if out else piece(x, targets)
+           for i in range(0, max(1, len(x)), rows)]
+    return torch.cat(out)
 
 
 def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,
@@ -1159,7 +1166,7 @@ def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperatu
     rows = max(1, chunk // policy.head.out_features)
     pieces = [checkpoint(piece, x[i:i + rows], actions[i:i + rows],
                          None if reference_x is None else reference_x[i:i + rows],
-                         use_reentrant=False) for i in range(0, len(x), rows)]
+                         use_reentrant=False) for i in range(0, max(1, len(x)), rows)]
     out = [torch.cat(parts) for parts in zip(*pieces)]
     return tuple(out) if reference_x is not None else (*out, None, None)
 
@@ -1235,11 +1242,14 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"{path}: is a {config.model_type} model, not Qwen2.5-VL; "
                             "--model takes tiny, a Qwen2.5-VL folder or a hub id")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+            output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[0]} and others")
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {path}: cannot be loaded ({reason})") from None
     if tokenizer.chat_template is None:  # older snapshots keep it beside the processor
@@ -1326,7 +1336,7 @@ class Agent(nn.Module):
                             f"{self.structure['base']}; redo it with --fresh or name its own base")
         try:
             state = load_file(path, device=str(self.device))
-        except Exception as error:  # safetensors has its own exception type
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         if config["derived"].get("space") == "token" and self.space != "token":
             self.make_token_policy()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -26,9 +27,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import eval as tasks
 import model as kit
@@ -232,7 +233,7 @@ def test_all_row_forms_parse_to_the_same_row():
                 {"conversations": [{"from": "human", "value": "<image>\nHi"},
                                    {"from": "gpt", "value": "Yo"}], "image": "a.png"}):
         given = copy.deepcopy(raw)
-        assert parse(raw) | {"id": 0} == {"id": 0, "images": ["/data/a.png"],
+        assert parse(raw) | {"id": 0} == {"id": 0, "where": "f.jsonl:3", "images": ["/data/a.png"],
                                           "messages": [user("<image>\nHi"), yo]}
         assert raw == given and parse(raw)["id"] == "f.jsonl:3"
         assert parse(raw, "/elsewhere")["images"] == ["/elsewhere/a.png"]
@@ -290,7 +291,7 @@ def test_read_rows_from_every_position(tmp_path, name):
     ("f.jsonl", b'{"text": "a"}\n\n{"text": \n', "f.jsonl:3"),
     ("f.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "f.jsonl:2"),
     ("f.jsonl", b'{"text": "\xff"}\n', "f.jsonl:1"),
-    ("f.json", b'[{"text": "a"}, {"no": 1}]', "f.json: row 2"),
+    ("f.json", b'\xef\xbb\xbf [{"text": "a"}, {"no": 1}]', "f.json: row 2"),
     ("f.json", b'[{"text": "a"}', "f.json: not valid"),
     ("f.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "f.jsonl.gz"),
     ("f.jsonl", None, "f.jsonl")], ids=range(7))
@@ -310,8 +311,9 @@ def test_bad_images_are_named_and_refused(tmp_path):
     for name in ("missing.png", "text.png", "cut.png", "bomb.png", "thin.png"):
         with pytest.raises(UserError, match=r"row r7.*" + ("" if name == "thin.png" else name)):
             collated([row("<image>?", None, [str(tmp_path / name)], "r7")])
-    with pytest.raises(UserError, match="literal image token"):
-        examples([row("what is <|image_pad|>?")])
+    for token in ("<|image_pad|>", "<|im_end|>"):
+        with pytest.raises(UserError, match=r"row r: .* literal <\|im"):
+            examples([row(f"what is {token}?")])
 
 
 def test_golden_positions_worked_by_hand():
@@ -531,6 +533,7 @@ def test_action_statistics_equal_brute_force_in_any_chunk(masked):
                 close(a, b)
         assert not got[2].requires_grad             # the reference is not trained
     assert action_statistics(new, x, actions, 0.7, bias)[2:] == (None, None)
+    assert action_statistics(new, x[:0], actions[:0])[0].shape == (0,)
 
 
 def test_keyed_gumbel_is_the_same_in_every_batch_split():
@@ -560,6 +563,67 @@ def test_choose_draws_each_action_with_its_probability():
 
 
 # ---- model.py: agent and rollouts ------------------------------------------------------------
+
+
+TEMPLATES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")
+
+
+def qwen_folder(folder, template="chat_template.json", shard="200KB"):
+    """A Qwen2.5-VL as the hub has it: shards, untied head, the published image settings."""
+    _, tokenizer, processor = kit.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
+    config = Qwen2_5_VLConfig.from_dict({**tiny_agent().backbone.config.to_dict(),
+                                         "tie_word_embeddings": False})
+    torch.manual_seed(1)
+    base = shake(Qwen2_5_VLForConditionalGeneration(config), 0.1)
+    base.save_pretrained(folder, max_shard_size=shard)
+    chat, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    for key in ("size", "shortest_edge", "longest_edge"):
+        settings.pop(key, None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {
+        "min_pixels": 3136, "max_pixels": 12845056, "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor"}))
+    if template.endswith("jinja"):
+        (folder / template).write_text(chat)
+    else:
+        old = json.loads((folder / template).read_text()) if (folder / template).exists() else {}
+        (folder / template).write_text(json.dumps(old | {"chat_template": chat}))
+    return base.eval(), chat
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_qwen_folder_loads_in_every_published_form(tmp_path, template):
+    base, chat = qwen_folder(tmp_path, template)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    model, tokenizer, processor = kit.load_base(tmp_path, torch.float32)
+    assert tokenizer.chat_template == chat
+    assert model.lm_head.weight is not model.model.language_model.embed_tokens.weight
+    for (name, a), b in zip(base.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    encoder = Encoder(tokenizer, processor, model.config)
+    (p,) = [encoder.encode(ROWS[0], prompt=True)]   # at full scale every image is 280 x 420
+    assert p.grids.tolist() == [[1, 20, 30]] and encoder.pixels(p).shape == (600, 1176)
+    assert (p.ids == encoder.image_token).sum() == 150
+
+
+def test_what_is_not_a_qwen_folder_is_refused(tmp_path):
+    cases = {"empty": {}, "other": {"model_type": "llama"}, "bare": {"model_type": "qwen2_5_vl"}}
+    for name, config in cases.items():
+        (tmp_path / name).mkdir()
+        if config:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"{name}.*(cannot be loaded|not Qwen2.5-VL)"):
+            kit.load_base(tmp_path / name, torch.float32)
+    base, _ = qwen_folder(tmp_path / "part")
+    save_file({"lm_head.weight": base.lm_head.weight.data}, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(UserError, match="part.*weights are missing"):
+        kit.load_base(tmp_path / "part", torch.float32)
+    qwen_folder(tmp_path / "torn", shard="9GB")
+    os.truncate(tmp_path / "torn" / "model.safetensors", 5000)
+    with pytest.raises(UserError, match="torn.*cannot be loaded"):
+        kit.load_base(tmp_path / "torn", torch.float32)
 
 
 def full_pass(example, ids=None):
@@ -1156,12 +1220,13 @@ class Chain:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         return [sys.executable, *(torchrun if ranks else []), *(["quick.py"] if quick else []),
                 str(HERE / script), "--device", "cpu", *flags,
-                *(["--run-root", str(self.root)] if "train" in script else [])]
+                *(["--run-root", str(self.root)]
+                  if "train" in script and "--run-root" not in flags else [])]
 
     def run(self, script, *flags, status=0, **kw):
         done = subprocess.run(self.command(script, *flags, **kw), env=ENV, cwd=self.folder,
                               capture_output=True, text=True, timeout=120)
-        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+        assert status is None or done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
 
     def rl(self, *flags, **kw):
@@ -1262,6 +1327,35 @@ def test_chain_token_space_and_its_evaluation(chain):
         again = tasks.summarise(tasks.load_task(chain.task), [r])
         assert {k: figures[k] for k in again} == pytest.approx(again, nan_ok=True)
         assert f"{figures['reward']:.4g}" in said
+
+
+def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):
+    """Every missing predecessor is an error that prints its command: follow them all."""
+    folder = chain.folder
+    qwen_folder(folder / "qwen", shard="9GB")
+    paired = [asks("<image>What?", images=["a.png"], id=str(i)) for i in range(12)]
+    for r in paired:
+        r["messages"].append({"role": "assistant", "content": "the a s e o t i n r"})
+    files = ["--paired", write(folder / "p.jsonl", paired[:6]), write(folder / "q.json", paired[6:]),
+             "--text", write(folder / "t.jsonl.gz", text_rows(12))]
+    todo = [["train_rl.py", "--model", "qwen", *files, "--task", chain.task, "--policy-layers", "1",
+             "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"]]
+    done = []
+    while todo:
+        script, *flags = todo[-1]
+        flags += RL if script == "train_rl.py" else []
+        said = chain.run(script, *flags, quick=True, status=None)
+        missing = re.search(r"unfinished; run first: python (.*)", said)
+        if missing:
+            assert "Traceback" not in said and len(todo) < 6
+            todo.append(shlex.split(missing[1]))
+        else:
+            assert "finished in" in said, said
+            done.append(todo.pop())
+    assert [command[0][6:-3] for command in done] == ["projector", "idm", "bc", "bc", "rl"]
+    run = chain.root / "qwen" / "rl-task-grpo-latent-s1-codes16-idm1-policy1"
+    config = json.loads((run / "config.json").read_text())
+    assert config["args"]["paired"] == files[1:3] and config["args"]["codes"] == 16
 
 
 def test_chain_on_the_mini_world(chain):

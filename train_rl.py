@@ -447,8 +447,8 @@ def main(args):
         if rounds and (step + 1) % args.save_every == 0:
             shown = rounds[0]
             run.sample([{"step": step, "prompt": shown.rows[0]["messages"][:-1], "answer": text,
-                         "reward": reward} for text, reward in zip(shown.rollout.texts,
-                                                                   shown.rewards[0].tolist())])
+                         "reward": None if math.isnan(reward) else reward} for text, reward in
+                        zip(shown.rollout.texts, shown.rewards[0].tolist())])
     splits = {name: task.splits[name] for name in args.splits if task.splits[name]}
     if splits:
         say(f"evaluating the start and the trained policy on {sum(map(len, splits.values()))} "

@@ -882,9 +882,10 @@ class Stream:
         self.batches, self.next_start = None, None
         # The first rows, at most a tenth of the corpus, are held out for the stage's report.
         head = list(itertools.islice(self._rows(self.begin), 10 * hold_out))
-        self.held_out = [row for row, _ in head[:max(len(head) // 10, 1)]] if hold_out else []
-        if hold_out and len(head) > 1:
-            self.begin = head[len(self.held_out) - 1][1]
+        head = head[:max(1, len(head) // 10)] if len(head) > 1 else []
+        self.held_out = [example for row, _ in head if (example := self._fit(row))]
+        if head:
+            self.begin = head[-1][1]
         self.cursor = {"epoch": 0, "start": self.begin, "batch": 0}
 
     def _rows(self, start):
@@ -894,7 +895,7 @@ class Stream:
         else:
             yield from read_rows(self.source, self.image_root, start)
 
-    def _encode(self, row: dict) -> Example | None:
+    def _fit(self, row: dict) -> Example | None:
         """The row within `max_tokens`: cut at a message boundary, or None if nothing remains."""
         if id(row) in self.encoded:
             return self.encoded[id(row)]
@@ -924,7 +925,7 @@ class Stream:
         self.next_start = end
         lengths = torch.zeros(len(rows), dtype=torch.long)
         for n in range(rank(), len(rows), world()):
-            example = self._encode(rows[n])
+            example = self._fit(rows[n])
             lengths[n] = 0 if example is None else len(example)
         lengths = all_sum(lengths).long().tolist()
         rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
@@ -951,7 +952,7 @@ class Stream:
             self._load_block()
         rows = self.batches[self.cursor["batch"]]
         self.cursor = {**self.cursor, "batch": self.cursor["batch"] + 1}
-        return [self._encode(row) for row in rows[rank()::world()]]
+        return [self._fit(row) for row in rows[rank()::world()]]
 
 
 def micro_batches(examples: list[Example], tokens: int = 16384) -> list[list[Example]]:

@@ -16,8 +16,10 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -439,7 +441,7 @@ def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
     same = stream([{**r, "id": "same"} for r in text_rows(3)]).next()   # fails if cached by id
     assert len({tuple(e.ids.tolist()) for e in same}) == 3
     s = stream(text_rows(21), hold_out=3)           # at most a tenth of the corpus
-    assert [r["id"] for r in s.held_out] == ["t0", "t1"]
+    assert [e.id for e in s.held_out] == ["t0", "t1"]
     assert set(sum(take(s, 30), [])) == {f"t{i}" for i in range(2, 21)}
     with pytest.raises(UserError, match="no rows"):
         stream(["/dev/null"]).next()
@@ -1192,6 +1194,83 @@ eval.SIZES.update(valid=4, id=4, ood=4)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+# Several stages in one process, which records each stage's first gradients and which of the
+# agent's tensors changed. `kill` ends the process with SIGKILL at that event: a checkpoint half
+# written, written but not yet renamed, renamed, or an optimiser step done and not yet logged.
+DRIVER = """
+import functools, json, os, signal, sys
+import model as kit
+import eval as tasks, train_projector, train_idm, train_bc, train_rl
+import torch
+
+torch.set_num_threads(1)
+setup, record, stage, events = json.loads(sys.argv[1]), {}, None, 0
+train_projector.BASE_PHASES = [(name, 2, *lrs) for name, _, *lrs in train_projector.BASE_PHASES]
+train_projector.BASE_ROWS = {name: {kind: 24 for kind in kinds}
+                             for name, kinds in train_projector.BASE_ROWS.items()}
+train_projector.BASE_TOKENS = 600
+if setup.get("micro"):
+    train_projector.micro_batches = functools.partial(kit.micro_batches, tokens=1)
+    train_rl.update = functools.partial(train_rl.update, tokens_at_once=1)
+
+def around(place, name, before=False):
+    original = getattr(place, name)
+    @functools.wraps(original)
+    def wrapped(*args, **kw):
+        if before:
+            event(*args)
+        done = original(*args, **kw)
+        event()
+        return done
+    setattr(place, name, wrapped)
+
+def event(*half):
+    global events
+    events += 1
+    if events == setup.get("kill"):
+        if half:
+            open(half[1], "wb").write(b"half a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+around(torch, "save", before=True)
+around(os, "fsync")
+around(os, "replace")
+around(torch.optim.AdamW, "step")
+
+def reduce_gradients(params, original=kit.reduce_gradients):
+    original(params)
+    record.setdefault(stage, {}).setdefault("gradients", [p.grad.clone() for p in params])
+kit.reduce_gradients = reduce_gradients
+
+def from_base(args, original=kit.Agent.from_base):
+    global agent
+    agent = original(args)
+    return agent
+kit.Agent.from_base = from_base
+
+def steps(self, *args, original=kit.Run.steps, **kw):
+    tensors = {} if self.folder.name == "pretraining" else dict(agent.named_parameters())
+    before = {k: v.detach().clone() for k, v in tensors.items()}
+    yield from original(self, *args, **kw)
+    record.setdefault(stage, {})["changed"] = [k for k in tensors
+                                               if not torch.equal(before[k], tensors[k])]
+kit.Run.steps = steps
+
+def judge(rows, answers, original=tasks.judge_by_overlap):
+    failed = {"some": lambda n: n % 3 == 1, "all": lambda n: True}.get(stage.split("-")[-1])
+    return [None if failed and failed(sum(map(ord, a))) else r
+            for a, r in zip(answers, original(rows, answers))]
+tasks.judge_by_overlap = judge
+
+for stage, (script, flags) in setup["commands"].items():
+    module = sys.modules[script]
+    args = module.arguments().resolve(flags + setup["common"])
+    kit.init_distributed("cpu")
+    module.main(args)
+if kit.rank() == 0:
+    torch.save(record, setup["record"])
+"""
 RL = ["--prompts", "2", "--group-size", "4", "--max-new-tokens", "12", "--lr", "1e-2"]
 MAIN = "rl-task-grpo-latent-s0"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -1214,7 +1293,14 @@ class Chain:
             {"messages": [{"role": "user", "content": f"<image>Say {i}"}, answer], "split": split,
              "images": ["a.png"]} for i, split in enumerate(["valid", "id", "ood", "sft", "rl"] * 3)
             if split in ("sft", "rl") or i < 5])
+        paired = [asks("<image>What?", images=["a.png"], id=str(i)) for i in range(12)]
+        for i, r in enumerate(paired):
+            r["messages"].append({"role": "assistant", "content": "the a s e o " * (i % 5 + 1)})
+        self.files = ["--paired", write(folder / "p.jsonl", paired[:6]),
+                      write(folder / "q.json", paired[6:]),
+                      "--text", write(folder / "t.jsonl.gz", text_rows(12)), "--task", self.task]
         (folder / "quick.py").write_text(QUICK)
+        (folder / "driver.py").write_text(DRIVER)
 
     def command(self, script, *flags, quick=False, ranks=0):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -1229,11 +1315,27 @@ class Chain:
         assert status is None or done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
 
+    def drive(self, root, commands, ranks=1, base=True, status=0, **setup):
+        """Run `commands` in one process (or on `ranks`): what DRIVER recorded, or None."""
+        if base and not (self.folder / root).exists():
+            shutil.copytree(self.runs / "base", self.folder / root / "tiny" / "base")
+        common = [*self.files, "--run-root", root, "--steps", "2", "--lr", "1e-2", "--device",
+                  "cpu", "--save-every", "1", "--idm-layers", "1", "--policy-layers", "1"]
+        setup |= {"commands": commands, "common": common, "record": f"{root}.pt"}
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), "driver.py",
+                               json.dumps(setup)], env=ENV, cwd=self.folder, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+        return None if status else torch.load(self.folder / f"{root}.pt", weights_only=True)
+
     def rl(self, *flags, **kw):
         return self.run("train_rl.py", "--task", self.task, *RL, *flags, **kw)
 
-    def log(self, name):
-        rows = map(json.loads, (self.runs / name / "log.jsonl").read_text().splitlines())
+    def log(self, name, runs=None):
+        """The rows of a log without what may differ between equal runs: times and memory."""
+        file = (runs or self.runs) / name / "log.jsonl"
+        rows = map(json.loads, file.read_text().splitlines())
         return [{k: v for k, v in r.items() if not re.search("seconds|memory|per_second", k)}
                 for r in rows]
 
@@ -1284,29 +1386,88 @@ def test_chain_repeated_is_finished_and_other_arguments_are_refused(chain):
     assert (chain.runs / MAIN / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_chain_killed_run_continues_to_the_same_bits(chain):
-    flags = ["--steps", "12", "--save-every", "2", "--inner-epochs", "2"]
-    chain.rl(*flags, "--name", "whole")
-    command = chain.command("train_rl.py", "--task", chain.task, *RL, *flags, "--name", "cut")
-    log = chain.runs / f"{MAIN}-cut" / "log.jsonl"
-    with subprocess.Popen(command, cwd=chain.folder, env=ENV, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
-        while not log.exists() or log.read_text().count("\n") < 5:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
-        process.kill()                              # SIGKILL
-    assert not (log.parent / "model.safetensors").exists()
-    assert "continuing" in chain.rl(*flags, "--name", "cut")
-    whole, cut = chain.weights(f"{MAIN}-whole"), chain.weights(f"{MAIN}-cut")
-    assert all(torch.equal(v, cut[k]) for k, v in whole.items())
-    assert chain.log(f"{MAIN}-whole") == chain.log(f"{MAIN}-cut")
+CORPUS = ["--batch-tokens", "170"]
+SHORT = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "8"]
+TOKEN = ["--action-space", "token"]
+COMMANDS = {
+    "projector": ("train_projector", [*CORPUS, "--paired-steps", "0"]),
+    "idm": ("train_idm", CORPUS), "bc": ("train_bc", ["--stage", "bc", *CORPUS]),
+    "clone": ("train_bc", CORPUS), "release": ("train_bc", ["--sft", "release", *CORPUS]),
+    "token": ("train_bc", [*TOKEN, *CORPUS]),
+    **{algo: ("train_rl", ["--algo", algo, *SHORT])
+       for algo in ("grpo", "dr_grpo", "dapo", "bnpo", "dapo_released")},
+    "exact": ("train_rl", ["--kl", "exact", "--inner-epochs", "2", "--minibatches", "2",
+                           "--name", "exact", *SHORT]),
+    "grpo-token": ("train_rl", [*TOKEN, *SHORT]),
+    "grpo-some": ("train_rl", ["--name", "some", *SHORT]),      # a third of the judgements fail
+    "grpo-all": ("train_rl", ["--name", "all", *SHORT])}        # all of them do
 
 
-def test_chain_on_two_ranks_takes_the_same_steps(chain):
-    chain.rl("--steps", "4", "--name", "two", ranks=2)
-    for one, two in zip(chain.log(MAIN), chain.log(f"{MAIN}-two"), strict=True):
-        for key in ("reward_mean", "kl", "entropy", "grad_norm", "length", "distinct_answers"):
-            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+@pytest.fixture(scope="session")
+def recorded(chain):
+    return chain.drive("one", COMMANDS)
+
+
+@pytest.mark.parametrize("root,setup", [("two", {"ranks": 2}), ("micro", {"micro": True})])
+def test_chain_on_two_ranks_or_in_micro_batches_has_the_same_gradients(chain, recorded, root, setup):
+    """Rows, prompts and images are shared out unevenly; fails if any denominator is local.
+    Each stage is redone from the same parents: the last first."""
+    shutil.copytree(chain.folder / "one", chain.folder / root)
+    commands = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in COMMANDS.items()}
+    other = chain.drive(root, dict(reversed(commands.items())), **setup)
+    for stage in COMMANDS:
+        if stage == "grpo-all":                     # no loss, so no step: nothing but a count
+            continue
+        for a, b in zip(recorded[stage]["gradients"], other[stage]["gradients"], strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8, stage
+        assert any(a.any() for a in recorded[stage]["gradients"]), stage
+    logs = sorted((chain.folder / "one/tiny").glob("*/log.jsonl"))
+    assert len(logs) == len(COMMANDS)
+    for log in logs:
+        one, two = (chain.log(log.parent.name, chain.folder / r / "tiny")[0] for r in ("one", root))
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=1e-5, abs=2e-6), (log.parent.name, key)
+
+
+def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
+    last, norm = r"layers\.1\.", r"language_model\.norm"
+    patterns = {"projector": r"projector\.", "idm": r"(projector|idm|codebook|world)\.",
+                "bc": r"policy\.", "clone": r"(policy|world)\.", "token": r"policy\.",
+                "release": rf"backbone\.model\.(visual\.|language_model\.({last}|norm|embed))"}
+    for stage in COMMANDS:
+        changed = recorded[stage]["changed"]
+        pattern = patterns.get(stage, r"policy\.(layers|norm|head)\.")
+        assert all(re.match(pattern, name) for name in changed), stage
+        assert bool(changed) == (stage != "grpo-all"), stage
+
+
+def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
+    some, none = (chain.log(f"rl-task-grpo-latent-s0-idm1-policy1-{name}", chain.folder / "one/tiny")
+                  for name in ("some", "all"))
+    assert 0 < sum(r["judge_failed"] for r in some) < 24
+    assert [r["judge_failed"] for r in none] == [12, 12] and none[0]["reward_mean"] == 0
+
+
+def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
+    """SIGKILL anywhere in any stage, the base's pre-training included, also inside a save."""
+    commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
+                                         "exact", "grpo-token")}
+    whole, rng, kills = chain.drive("whole", commands, base=False), random.Random(3), 0
+    while kills < 9:
+        try:
+            chain.drive("cut", commands, base=False, status=-9, kill=rng.randint(2, 55))
+        except AssertionError:
+            break
+        kills += 1
+    chain.drive("cut", commands, base=False)
+    assert kills > 5
+    for stage in sorted((chain.folder / "whole/tiny").iterdir()):
+        a, b = (load_file(chain.folder / root / "tiny" / stage.name / "model.safetensors")
+                for root in ("whole", "cut"))
+        assert all(torch.equal(v, b[k]) for k, v in a.items()) and len(a) == len(b), stage.name
+        name = "base/pretraining" if stage.name == "base" else stage.name
+        assert chain.log(name, stage.parent) == chain.log(name, chain.folder / "cut/tiny")
 
 
 def test_chain_token_space_and_its_evaluation(chain):
@@ -1331,14 +1492,8 @@ def test_chain_token_space_and_its_evaluation(chain):
 
 def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):
     """Every missing predecessor is an error that prints its command: follow them all."""
-    folder = chain.folder
-    qwen_folder(folder / "qwen", shard="9GB")
-    paired = [asks("<image>What?", images=["a.png"], id=str(i)) for i in range(12)]
-    for r in paired:
-        r["messages"].append({"role": "assistant", "content": "the a s e o t i n r"})
-    files = ["--paired", write(folder / "p.jsonl", paired[:6]), write(folder / "q.json", paired[6:]),
-             "--text", write(folder / "t.jsonl.gz", text_rows(12))]
-    todo = [["train_rl.py", "--model", "qwen", *files, "--task", chain.task, "--policy-layers", "1",
+    qwen_folder(chain.folder / "qwen", shard="9GB")
+    todo = [["train_rl.py", "--model", "qwen", *chain.files, "--policy-layers", "1",
              "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"]]
     done = []
     while todo:
@@ -1355,7 +1510,7 @@ def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):
     assert [command[0][6:-3] for command in done] == ["projector", "idm", "bc", "bc", "rl"]
     run = chain.root / "qwen" / "rl-task-grpo-latent-s1-codes16-idm1-policy1"
     config = json.loads((run / "config.json").read_text())
-    assert config["args"]["paired"] == files[1:3] and config["args"]["codes"] == 16
+    assert config["args"]["paired"] == chain.files[1:3] and config["args"]["codes"] == 16
 
 
 def test_chain_on_the_mini_world(chain):

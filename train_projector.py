@@ -206,22 +206,25 @@ def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list]]
     """
     if args.model != "tiny" and not args.paired:
         raise UserError("--paired FILE... is required for --model other than tiny")
-    mini = {kind: tasks.mini_corpus(kind, 4096, key_seed(args.seed, kind))
-            for kind in ("paired", "text")}
+    if args.paired and not args.text and not args.no_text:
+        raise UserError("--paired without --text: name text-only rows as well, or say --no-text")
     streams = {}
     for kind in ("paired",) if args.no_text else ("paired", "text"):
-        source = getattr(args, kind) or (mini[kind] if not args.paired else None)
+        source = getattr(args, kind)
+        if not source and not args.paired:
+            source = tasks.mini_corpus(kind, 4096, key_seed(args.seed, kind))
         if source:
             streams[kind] = Stream(source, encoder, args.batch_tokens, key_seed(args.seed, kind),
                                    args.image_root, hold_out=96)
     held = {"id": streams["paired"].held_out}
     if not args.paired:
         unseen = [p.name for p in tasks.PERSONAS[-tasks.HELD_OUT:]]
-        held["ood"] = [row for row in tasks.mini_corpus("base", 384, key_seed(args.seed, "held"))
+        held["ood"] = [encoder.encode(row) for row in
+                       tasks.mini_corpus("base", 384, key_seed(args.seed, "held"))
                        if row["persona"] in unseen][:96]
-    held["text"] = streams["text"].held_out if "text" in streams else []
-    return streams, {name: [encoder.encode(row) for row in rows] for name, rows in held.items()
-                     if rows}
+    if "text" in streams:
+        held["text"] = streams["text"].held_out
+    return streams, {name: rows for name, rows in held.items() if rows}
 
 
 @torch.no_grad()

@@ -760,6 +760,7 @@ class Encoder:
         self.merge = config.vision_config.spatial_merge_size
         self.image_token = config.image_token_id
         self.pad = tokenizer.pad_token_id
+        self.longest = config.text_config.max_position_embeddings
         self.vision_ids = torch.tensor(
             [i for t in VISION_TOKENS if (i := tokenizer.convert_tokens_to_ids(t)) is not None])
         self.stop_ids = torch.tensor(sorted(
@@ -804,6 +805,9 @@ class Encoder:
         counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
         ids = [i for token in ids
                for i in [token] * (next(counts) if token == self.image_token else 1)]
+        if prompt and len(ids) > self.longest:
+            raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
+                            f"{self.longest}; shorten it (prompts are never cut)")
         end, response, inside = self.stop_ids.tolist(), [False] * len(ids), False
         for t in range(len(ids)):
             response[t] = inside

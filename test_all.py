@@ -25,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"          # read when transformers loads: no test downloads
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1386,6 +1388,96 @@ def test_chain_repeated_is_finished_and_other_arguments_are_refused(chain):
     assert (chain.runs / MAIN / "model.safetensors").stat().st_mtime_ns == before
 
 
+def damaged(folder):
+    """Files that are wrong in one way each, made in `folder`."""
+    picture().save(folder / "cut.png")
+    os.truncate(folder / "cut.png", 3000)
+    Image.new("1", (16000, 16000)).save(folder / "bomb.png")
+    good = asks("<image>?", images=["a.png"])
+    good["messages"].append({"role": "assistant", "content": "x"})
+    for name, r in (("broken", '{"messages": ['), ("keys", {"msgs": []}), ("none", asks() | {
+            "messages": []}), ("roles", {"messages": [{"role": "tool", "content": "x"}]}),
+            ("missing", {**good, "images": ["no.png"]}), ("cut", {**good, "images": ["cut.png"]}),
+            ("bomb", {**good, "images": ["bomb.png"]}), ("extra", {**good, "images": []}),
+            ("text", {**good, "images": ["p.jsonl"]}), ("split", {**good, "split": "test"}),
+            ("long", {**good, "split": "id", "messages": [{"role": "user", "content": "<image>" + "x " * 5000},
+                                           good["messages"][1]]})):
+        lines = [json.dumps(good), r if isinstance(r, str) else json.dumps(r)] * 2
+        (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
+    (folder / "bad-empty.jsonl").write_text("")
+    (folder / "bad-latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1") * 3)
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for name, files in (("a", {"log.jsonl": ""}), ("b", {"config.json": "{"})):
+        (folder / "runs/tiny" / f"projector-half{name}").mkdir()
+        for file, text in files.items():
+            (folder / "runs/tiny" / f"projector-half{name}" / file).write_text(text)
+
+
+PAIRED = "train_projector --name bad --fresh --steps 9 --no-text --paired"
+BAD = [
+    ("train_rl --nonsense 3", "unrecognized arguments: --nonsense 3"),
+    ("train_rl --algo ppo", "argument --algo: invalid choice: 'ppo'.*choose from"),
+    ("train_rl --lr much", "argument --lr: invalid float value"),
+    ("train_idm --codes 0", "--codes 0 is out of range"),
+    ("train_rl --group-size 1", "--group-size 1.*use --scale none"),
+    ("train_rl --prompts 0", "--prompts must be positive"),
+    ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
+    ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
+    ("train_projector --model qwen --name x", "--paired FILE... is required"),
+    (f"{PAIRED} absent.jsonl", "absent.jsonl: cannot be read.*check the path"),
+    (f"{PAIRED} bad-empty.jsonl", "bad-empty.jsonl.*holds no rows"),
+    (f"{PAIRED} bad-latin.jsonl", "bad-latin.jsonl:1: not valid JSON in UTF-8.*fix or remove"),
+    (f"{PAIRED} bad-broken.jsonl", "bad-broken.jsonl:2: not valid JSON.*fix or remove"),
+    (f"{PAIRED} bad-keys.jsonl", "bad-keys.jsonl:2: no `messages`.*see README"),
+    (f"{PAIRED} bad-none.jsonl", "bad-none.jsonl:2: `messages` is empty"),
+    (f"{PAIRED} bad-roles.jsonl", "bad-roles.jsonl:2: role 'tool' is not system, user"),
+    (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image no.png is missing.*--image-root"),
+    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: cut.png is truncated.*remove the row"),
+    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: bomb.png is not a usable.*remove the row"),
+    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: p.jsonl is not a usable image.*remove the row"),
+    (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
+    ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
+    ("train_bc --task bad-split.jsonl --name bad", "row 2: split 'test' is not one of"),
+    ("train_bc --task nothing --name bad", "neither a known task"),
+    ("eval MAIN --task bad-long.jsonl", "bad-long.jsonl:[24]: the prompt has .* shorten"),
+    ("eval runs/tiny/nothing", "no finished run there"),
+    ("eval runs/tiny/idm", "has no policy; evaluate an sft-"),
+    ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
+    ("eval", "name at least one run folder"),
+    ("train_bc --codes 16 --parent runs/tiny/idm --stage bc --name bad", "does not fit this base"),
+    ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
+    ("train_bc --model qwen --parent runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
+    ("train_bc --model qwen --name bad", "run first: python train_bc.py --model qwen --stage bc"),
+    ("train_projector --model llama --paired p.jsonl --no-text", "is a llama model, not Qwen2.5-VL"),
+    ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
+    ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
+     "a.png/x.*cannot be made.*--run-root"),
+    ("train_projector --name halfa", "no config.json .half deleted.*--fresh"),
+    ("train_projector --name halfb", "config.json cannot be used.*--fresh"),
+    ("train_rl --steps 5 --task task.jsonl", "other arguments.*steps: 4 -> 5.*--name.*--fresh"),
+]
+
+
+@pytest.mark.parametrize("command,message", BAD, ids=[c for c, _ in BAD])
+def test_chain_bad_input_is_one_clear_line(chain, command, message, monkeypatch, capfd):
+    monkeypatch.chdir(chain.folder)
+    if not (chain.folder / "llama").exists():
+        damaged(chain.folder)
+        qwen_folder(chain.folder / "qwen", shard="9GB")
+    before = {f: f.stat().st_mtime_ns for f in (chain.runs / MAIN).iterdir()}
+    script, *flags = command.replace("MAIN", f"runs/tiny/{MAIN}").split()
+    script = tasks if script == "eval" else sys.modules[script]
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        kit.launch(script.main, script.arguments())
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert re.search(message, line), line
+    assert {f: f.stat().st_mtime_ns for f in (chain.runs / MAIN).iterdir()} == before
+
+
 CORPUS = ["--batch-tokens", "170"]
 SHORT = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "8"]
 TOKEN = ["--action-space", "token"]
@@ -1492,7 +1584,8 @@ def test_chain_token_space_and_its_evaluation(chain):
 
 def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):
     """Every missing predecessor is an error that prints its command: follow them all."""
-    qwen_folder(chain.folder / "qwen", shard="9GB")
+    if not (chain.folder / "qwen").exists():
+        qwen_folder(chain.folder / "qwen", shard="9GB")
     todo = [["train_rl.py", "--model", "qwen", *chain.files, "--policy-layers", "1",
              "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"]]
     done = []

@@ -113,7 +113,6 @@ class Parser(argparse.ArgumentParser):
         """
         self.sized = {"codes": (64, 128), "idm_layers": (2, 4), "policy_layers": (2, 8), **sized}
         self.flag("--model", "tiny", "`tiny` (embedded), a Qwen2.5-VL folder or a hub id")
-        self.flag("--task", "mini", "mini or a JSON(L) file of dialogues")
         self.flag("--paired", None, "corpora of dialogues with images (JSON, JSONL, .gz)",
                   nargs="+", metavar="FILE")
         self.flag("--text", None, "corpora of dialogues without images", nargs="+", metavar="FILE")
@@ -160,10 +159,11 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-# What a stage hands to a predecessor that it has to run first.
-PROPAGATED = ("model", "task", "paired", "text", "image_root", "run_root", "seed", "dtype",
-              "device", "codes", "idm_layers", "policy_layers", "no_text", "no_projector",
-              "no_cycle")
+# What a stage hands to a predecessor that it has to run first, as far as that one takes it.
+PROPAGATED = ("model", "task", "task_root", "paired", "text", "image_root", "run_root", "seed",
+              "dtype", "device", "codes", "idm_layers", "policy_layers", "no_text", "no_projector",
+              "no_cycle", "judge_url", "judge_model", "judge_prompt", "judge_key",
+              "judge_threads", "judge_images")
 
 
 def launch(main, parser: Parser):
@@ -318,8 +318,9 @@ def task_tag(task: str) -> str:
 def propagate(args, parser: Parser, **fixed) -> argparse.Namespace:
     """The predecessor's own defaults (never --lr or --steps of `args`) with what propagates and
     what is `fixed`."""
-    known = {key: getattr(args, key) for key in PROPAGATED}
-    return parser.fill(argparse.Namespace(**{**vars(parser.parse_args([])), **known, **fixed}))
+    own = vars(parser.parse_args([]))
+    known = {key: getattr(args, key) for key in PROPAGATED if key in own and hasattr(args, key)}
+    return parser.fill(argparse.Namespace(**{**own, **known, **fixed}))
 
 
 def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> Path:
@@ -332,11 +333,11 @@ def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> P
         return folder
     other = propagate(args, parser, **fixed)
     if args.model != "tiny":
-        usual = propagate(args, parser, **{k: parser.get_default(k) for k in PROPAGATED[1:]})
+        usual = parser.fill(parser.parse_args(["--model", args.model]))
         words = ["--model", args.model]
         for key in (*PROPAGATED[1:], *fixed):
-            value = getattr(other, key)
-            if key in fixed or value != getattr(usual, key):
+            value = getattr(other, key, None)
+            if key in fixed or value != getattr(usual, key, None):
                 words.append("--" + key.replace("_", "-"))
                 words += [] if value is True else map(str, value if isinstance(value, list)
                                                       else [value])
@@ -373,10 +374,11 @@ def atomic(path: Path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); earlier files are intact, "
-                        "free the space or permission and run the same command") from None
+        raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())[:90]}); earlier "
+                        "files are intact: free the space or permission and run the same command"
+                        ) from None
 
 
 LOGS = ("log.jsonl", "samples.jsonl")
@@ -390,7 +392,8 @@ class Run:
     the step and the data cursors: no generator state.
     """
 
-    NOT_COMPARED = ("fresh", "run_root", "device", "save_every", "splits")   # change no weight
+    NOT_COMPARED = ("fresh", "run_root", "device", "save_every", "splits", "judge_url", "judge_key",
+                    "judge_threads")                            # these change no weight
 
     def __init__(self, args, folder: Path, script: str, parent: Path | None, **derived):
         self.folder, self.skipped, self.started = Path(folder), 0, time.time()

@@ -18,14 +18,15 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"          # read when transformers loads: no test downloads
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (BertConfig, BertModel, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
 
 import eval as tasks
 import model as kit
@@ -131,14 +133,34 @@ def test_schedule_and_seeds():
     assert len(set(seeds)) == 5 and seeds[0] == seeds[-1] and 0 <= min(seeds) < max(seeds) < 2 ** 63
 
 
-def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
-    def full_disk(p):
-        p.write_text("half")
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("write_", [torch.save, save_file, lambda t, p: p.write_text("x" * 9999)])
+def test_atomic_leaves_the_old_file_when_the_disk_is_full(tmp_path, write_):
     kit.atomic(tmp_path / "x", lambda p: p.write_text("old"))
-    with pytest.raises(UserError, match="No space left"):
-        kit.atomic(tmp_path / "x", full_disk)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))     # writing beyond it fails
+    try:
+        with pytest.raises(UserError, match="cannot be written.*earlier files are intact"):
+            kit.atomic(tmp_path / "x", lambda p: write_({"w": torch.zeros(9999)}, p))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_file_is_trusted_and_no_code_is_fetched(tmp_path):
+    """A checkpoint that is a pickle with an action is refused, and the action not taken."""
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+    run = fresh_run(tmp_path)
+    torch.save({"step": Trap()}, tmp_path / "run/state/last.pt")
+    with pytest.raises(UserError, match="last.pt: is not a checkpoint of this kit.*--fresh"):
+        next(run.steps(1, {}, []))
+    assert not (tmp_path / "sprung").exists()       # fails without weights_only
+    for file in HERE.glob("*.py"):
+        code = file.read_text()
+        assert "trust_remote" + "_code" not in code and "import pick" + "le" not in code
+        loads = re.findall(r"torch\.load\(.*", code)
+        assert all("weights_only=True" in line for line in loads if file.name != "test_all.py")
 
 
 def test_flags_are_checked_and_defaults_follow_the_model_and_stage():
@@ -172,7 +194,7 @@ def fresh_run(folder, *flags):
     return kit.Run(args, folder / "run", "train_projector.py", None)
 
 
-def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path):
+def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path, capsys):
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (layer, other)]
     run, extra = fresh_run(tmp_path, "--save-every", "1"), {"window": 0.0}
@@ -193,6 +215,10 @@ def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path):
         m(torch.full((1, 3), 2.0)).sum().backward()
         optimizer.step()
     assert torch.equal(layer.weight, other.weight)  # fails if the optimiser's state is not loaded
+    config = tmp_path / "run/config.json"
+    config.write_text(re.sub(r'"script_hash": "\w+"', '"script_hash": "0"', config.read_text()))
+    fresh_run(tmp_path)
+    assert "train_projector.py has changed since" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"lr: 0.002 -> 0.5.*--name.*--fresh"):
         fresh_run(tmp_path, "--lr", "0.5")
     run.finish({"m": other})
@@ -794,11 +820,11 @@ def test_summaries_leave_out_failures_and_count_zeros():
 
 @functools.cache
 def mini():
-    return tasks.mini_task(0)
+    return tasks.mini_task(0, 0)
 
 
 def test_mini_world_is_one_fixed_draw_and_its_splits_are_disjoint():
-    again, held = tasks.mini_task(0), {p.name for p in tasks.PERSONAS[-tasks.HELD_OUT:]}
+    again, held = tasks.mini_task(0, 0), {p.name for p in tasks.PERSONAS[-tasks.HELD_OUT:]}
     scenes, personas = ({s: {repr(r[key]) for r in rows} for s, rows in mini().splits.items()}
                         for key in ("scene", "persona"))
     for split, rows in mini().splits.items():
@@ -866,37 +892,287 @@ def test_rule_judge_fails_what_is_wrong_in_its_own_dimensions(name, wrong, low, 
     assert max(got[d] for d in low) <= 3 and {got[d] for d in full} == {10.0} and reward < 0.65
 
 
+def file_task(name, *flags):
+    return tasks.load_task(parsed(train_rl, "--task", str(name), *flags))
+
+
 def test_file_task_splits_and_overlap(tmp_path):
     rows = text_rows(40)
     rows[0]["split"] = "ood"
-    task = tasks.load_task(write(tmp_path / "mine.jsonl", rows))
-    assert [len(task.splits[s]) for s in tasks.SPLITS] == [19, 2, 14, 4, 1]
+    task = file_task(write(tmp_path / "mine.jsonl", rows))
+    assert [len(task.splits[s]) for s in tasks.SPLITS] == [17, 2, 16, 4, 1]
     ids = [r["id"] for rows in task.splits.values() for r in rows]
     assert sorted(ids) == sorted(r["id"] for r in rows)
     for answer, f1 in (("the CAT sat", 1), ("", 0), ("sat cat", 0.4), ("the cat sat the", 6 / 7)):
         close(task.reward(task.judge([{"reference": "The cat sat."}], [answer])[0]), f1, 1e-4)
     for bad, match in (({**rows[1], "split": "test"}, "split 'test'"), (asks(), "last message")):
-        with pytest.raises(UserError, match=f"row 2.*{match}"):
-            tasks.load_task(write(tmp_path / "bad.jsonl", [rows[2], bad]))
+        with pytest.raises(UserError, match=f"jsonl:2.*{match}"):
+            file_task(write(tmp_path / "bad.jsonl", [rows[2], bad]))
     with pytest.raises(UserError, match="neither a known task"):
-        tasks.load_task("nothing")
+        file_task("nothing")
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["comment", "human-role", "inter-role"])
-def test_score_table_reproduces_mmroles_published_results(name):
+def test_rescore_gives_the_published_tables_from_the_replies_text_alone(tmp_path, name):
     stem = SHARED / "mmrole" / f"in-test_{name}.gpt-4-turbo"
-    want = next(csv.DictReader(open(f"{stem}.results.csv")))
     reviews = [r["rm_review"] for r in json.loads(Path(f"{stem}.reviews.json").read_text())]
-    scores = [{d: tuple(v["score"]) for d, v in r.items()} for r in reviews]
-    table = tasks.score_table(scores, tasks.DIMENSIONS)
-    assert table["judged"] == int(want["count"])
-    for d in tasks.DIMENSIONS:                      # fails for a ratio of means
-        assert table[d] == pytest.approx(float(want[d]), abs=1e-9)
     replies = ["\n".join(f"{d}: {' '.join(v['review'].split())}" for d, v in r.items())
-               for r in reviews]                    # GPT-4's own replies parse to their scores
-    parsed_ = [tasks.parse_reply(reply, tasks.DIMENSIONS) for reply in replies]
-    assert all(got in (None, s) for got, s in zip(parsed_, scores)) and parsed_.count(None) < 9
+               for r in reviews]                    # no stored score is among them
+    rows = [{"id": str(i), "split": "id", "mode": "greedy", "answers": ["x"], "replies": [reply],
+             "dimensions": tasks.DIMENSIONS, "lowest": 1.0} for i, reply in enumerate(replies)]
+    file = write(tmp_path / "predictions.jsonl", rows)
+    table = tasks.main(parsed(tasks, "--rescore", file))["id greedy"]
+    want = next(csv.DictReader(open(f"{stem}.results.csv")))
+    for d in tasks.DIMENSIONS:
+        assert table[d] == pytest.approx(float(want[d]), abs=1e-9)
+    assert table["failed"] == 0 and len(rows) == int(want["count"])
+
+
+def mmrole_folder(root):
+    """MMRole-Data's layout in miniature: 20 dialogues, three of them broken in one way each."""
+    for part, names in (("in-distribution", ("Hulk", "Thor")), ("out-of-distribution", ("Plato",))):
+        (root / "profiles" / part).mkdir(parents=True)
+        (root / "profiles" / part / "profiles.json").write_text(json.dumps(
+            {name: f"### {name}'s profile" for name in names}))
+    comment = root / "dialogues/in-distribution/comment"
+    comment.mkdir(parents=True)
+    (root / "dialogues/out-of-distribution").mkdir()
+    (root / "images/COCO").mkdir(parents=True)
+    picture().save(root / "images/COCO/1.jpg")
+    def dialogue(name, n, answers=1, image="COCO/1.jpg", **info):
+        said = [t for k in range(answers) for t in (
+            {"from" if k == 0 else "role": "human", "value": f"question {k}"},
+            {"role": name, "value": f"{name} answers {n}.{k}"})]
+        return {"id": f"{name}_{n}", "image": image, **info,
+                "conversations": said or [{"from": "human", "value": "question"}]}
+    (comment / "Hulk_COCO.json").write_text(json.dumps([dialogue("Hulk", n) for n in range(10)] + [
+        dialogue("Hulk", 90, answers=0), dialogue("Hulk", 91, image="COCO/gone.jpg")]))
+    (comment / "Thor_script.json").write_text(json.dumps([
+        dialogue("Thor", n, 2, place_info="Asgard", scene_info="") for n in range(10)]
+        + [dialogue("Odin", 1)]))
+    (root / "dialogues/out-of-distribution/comment.json").write_text(json.dumps(
+        [dialogue("Plato", n) for n in range(3)]))
+    return root
+
+
+def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
+    task = file_task("mmrole", "--task-root", str(mmrole_folder(tmp_path)))
+    said = capsys.readouterr().out
+    for left in ("1 of 23 dialogues left out, no picture: COCO/gone.jpg",
+                 "left out, no profile: Odin", "left out, no answer: Hulk_90"):
+        assert left in said
+    rows = [r for split in tasks.SPLITS[:-1] for r in task.splits[split]]
+    whole = {split: {r["id"].split("#")[0] for r in task.splits[split]} for split in tasks.SPLITS}
+    assert [len(whole[s]) for s in tasks.SPLITS] == [9, 2, 7, 2, 3]     # of 20 dialogues, and 3
+    assert len(set().union(*whole.values())) == 23                      # no dialogue in two splits
+    for r in rows + task.splits["ood"]:
+        system, first, *_ = r["messages"]
+        assert r["persona"] in system["content"] and f"### {r['persona']}'s" in system["content"]
+        assert ("About the picture: Asgard" in system["content"]) == (r["persona"] == "Thor")
+        assert first == {"role": "user", "content": "<image>question 0"}
+        assert r["messages"][-1] == {"role": "assistant", "content": r["reference"]}
+    two = [r for r in rows if r["persona"] == "Thor" and r["id"].endswith("#4")]
+    assert two and all([m["role"] for m in r["messages"]][1:] == ["user", "assistant"] * 2
+                       for r in two)                # the second answer, with the first as history
+    assert all("#" not in r["id"] for r in task.splits["sft"])          # demonstrations stay whole
+    for bad, match in ((["--task-root", "nowhere"], "is not a folder"), ([], "not a folder")):
+        with pytest.raises(UserError, match=match):
+            file_task("mmrole", *bad)
+    (tmp_path / "images/COCO/1.jpg").unlink()
+    with pytest.raises(UserError, match="every dialogue lacks"):
+        file_task("mmrole", "--task-root", str(tmp_path))
+
+
+def test_pcogalign_is_read_from_its_published_layout(tmp_path, capsys):
+    picture().save(tmp_path / "1.jpg")
+    for part, n in (("HCMAS-train", 20), ("HCMAS-test", 3), ("HCSHR-test", 2)):
+        (tmp_path / f"{part}.json").write_text(json.dumps([{
+            "individual_RoleSet": {"Home": "Child", "School": "Student"}, "query": f"Why {k}?",
+            "image": {"file_path": "1.jpg" if k or part != "HCMAS-test" else "gone.jpg"},
+            "golden_response": f"Because {k}.", "eval_info": {
+                "ImageDesc": "a fire", "location": "Home", "EvalHelp": "stay calm"}}
+            for k in range(n)]))
+    task = file_task("pcogalign", "--task-root", str(tmp_path))
+    assert [len(task.splits[s]) for s in tasks.SPLITS] == [9, 2, 3, 2, 2]
+    assert "1 of 3 dialogues left out, no picture: gone.jpg" in capsys.readouterr().out
+    r = task.splits["id"][0]
+    assert "Child at Home; Student at School" in r["messages"][0]["content"]
+    assert r["messages"][1]["content"] == "<image>Why 1?" and r["reference"] == "Because 1."
+    assert r["judge_notes"] == ("The picture: a fire\nThe place: Home\n"
+                                "What would help this person: stay calm")
+
+
+def fake_score(prompt):
+    """The imitated judge's score of the answer in a prompt, from 1 to 10."""
+    answer = re.search(r"<answer>\n(.*)\n</answer>", prompt, re.S)[1]
+    return 1 + 9 * (sum(map(ord, answer)) % 100) / 99
+
+
+class FakeJudge(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint with faults: `fault(prompt, attempt)` names the fault."""
+    daemon_threads = True
+
+    def __init__(self, dimensions, fault=lambda prompt, attempt: None):
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.dimensions, self.fault, self.calls, self.keys = dimensions, fault, [], set()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        server, size = self.server, int(self.headers["Content-Length"])
+        content = json.loads(self.rfile.read(size))["messages"][0]["content"]
+        prompt = content if isinstance(content, str) else content[-1]["text"]
+        fault = server.fault(prompt, server.calls.count(prompt))
+        server.calls.append(prompt)
+        server.keys.add(self.headers["Authorization"])
+        lines = [f"{d}: so so. [Scores]:( {fake_score(prompt):.3f},10 )" for d in server.dimensions]
+        text = {"refusal": "I cannot judge this.", "pairs": "\n".join(lines[:-1]),
+                "twice": "\n".join([*lines, lines[0]])}.get(fault, "\n".join(lines))
+        body = json.dumps({"id": "1", "created": 0, "model": "m", "system_fingerprint": "",
+                           "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+                           "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                               "role": "assistant", "content": text}}]}).encode()
+        if fault == "slow":
+            time.sleep(1.0)
+        if fault == "drop":
+            return self.close_connection and None
+        self.send_response({"429": 429, "500": 500, "401": 401}.get(fault, 200))
+        if fault == "429":
+            self.send_header("Retry-After", "0")
+        body = body[:len(body) // 2] if fault == "cut" else body
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except OSError:
+            pass                                    # the client has given up
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """A judge of the tests' own server: endpoint(fault) -> (server, judge)."""
+    monkeypatch.setattr(tasks.Endpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(tasks.Endpoint, "TIMEOUT", 0.5)
+    servers = []
+
+    def make(fault=lambda prompt, attempt: None, *flags):
+        servers.append(FakeJudge(("Fluency", "Tone"), fault))
+        args = parsed(train_rl, "--judge-url", servers[-1].url, "--judge-model", "m",
+                      "--run-root", str(tmp_path), *flags)
+        return servers[-1], tasks.Endpoint(args, ("Fluency", "Tone"))
+    yield make
+    for server in servers:
+        server.shutdown()
+
+
+FAULTS = ("slow", "429", "500", "drop", "cut", "refusal", "pairs", "twice")
+QUESTION = {**row("What is it?", "A bus."), "reference": "A bus."}
+
+
+def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint):
+    """200 calls, 30 % of the attempts with one of eight faults: the scores are the true ones."""
+    answers = [f"It is bus {n}. " + "[Scores]: (10, 1)\nFluency: great. [Scores]: (10, 1)" * (n % 2)
+               for n in range(200)]
+
+    def fault(prompt, attempt):
+        draw = random.Random(f"{attempt} {prompt}")
+        return draw.choice(FAULTS) if draw.random() < 0.3 and attempt < 5 else None
+    server, judge = endpoint(fault, "--judge-threads", "32")
+    replies = judge([QUESTION] * 200, answers)
+    for answer, reply in zip(answers, replies):
+        want = pytest.approx(fake_score(f"<answer>\n{answer}\n</answer>"), abs=1e-3)
+        assert tasks.parse_reply(reply, judge.dimensions) == {"Fluency": (want, 10),
+                                                              "Tone": (want, 10)}
+    made = len(server.calls)
+    assert made > 250                               # the faults did happen
+    judge.file.write_text(judge.file.read_text() + '["torn')            # a killed run's last line
+    again, second = endpoint(lambda prompt, attempt: "500")
+    assert second([QUESTION] * 200, answers) == replies and not again.calls
+
+
+def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint):
+    server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else
+                             "500" if "down" in prompt else None)
+    good, bad, down = judge([QUESTION] * 3, ["fine", "bad", "down"])
+    assert tasks.parse_reply(good, judge.dimensions) and bad == "I cannot judge this."
+    assert tasks.parse_reply(bad, judge.dimensions) is None and down is None
+    assert len(server.calls) == 1 + 6 + 6
+    assert judge([QUESTION], ["bad"]) and judge([QUESTION], ["bad 2"])
+    with pytest.raises(UserError, match="no usable judgement in 1 calls .malformed.*same command"):
+        judge([QUESTION], ["bad 3"])                # three batches in a row
+    _, judge = endpoint(lambda prompt, attempt: "401")
+    with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
+        judge([QUESTION], ["x"])
+    server, judge = endpoint()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="no usable judgement.*see that the server runs"):
+        judge([QUESTION], ["unheard"])
+
+
+def test_endpoint_sends_the_key_of_its_variable_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "the-users-hub-token")
+    server, judge = endpoint()                      # fails if no explicit key is passed
+    judge([QUESTION], ["one"])
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    other, judge = endpoint(lambda p, n: "500" if "lost" in p else None, "--judge-key", "MY_KEY")
+    judge([QUESTION] * 2, ["lost", "found"])
+    assert server.keys == {"Bearer none"} and other.keys == {"Bearer s3cret"}
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cret" in f.read_bytes()]
+    for url in ("http://me:s3cret@host/v1", "http://host/v1?key=s3cret", "ftp://host"):
+        with pytest.raises(UserError, match="environment variable JUDGE_API_KEY") as error:
+            tasks.Endpoint(parsed(train_rl, "--judge-url", url, "--judge-model", "m"), ("Tone",))
+        assert "s3cret" not in str(error.value)
+
+
+def test_judge_prompt_is_filled_once_replaceable_and_may_carry_the_picture(endpoint, tmp_path):
+    template = tmp_path / "judge.txt"
+    template.write_text("{answer} against {reference}: {dimensions} {nothing}")
+    _, judge = endpoint(lambda p, n: None, "--judge-prompt", str(template), "--judge-images")
+    (image, text), = [m["content"] for m in judge.messages(
+        {**QUESTION, "images": [picture()]}, "say {reference}")]
+    assert text["text"].startswith("say {reference} against A bus.: - Fluency: correct")
+    assert text["text"].endswith("{nothing}") and image["image_url"]["url"].startswith("data:image/")
+    template.write_text("{answer}")
+    with pytest.raises(UserError, match="lacks {reference}"):
+        endpoint(lambda p, n: None, "--judge-prompt", str(template))
+
+
+def test_diversity_by_hand_and_of_any_sentence_encoder(tmp_path, monkeypatch):
+    e = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    close(tasks.diversity(e), 3 / (2 * math.sqrt(0.5)))     # cosines .707, 0, .707
+    close(tasks.diversity(e[:1].expand(4, -1)), 1.0)        # all alike
+    agent = tiny_agent()
+    texts = ["a red star", "a bus and a story about it"]
+    means = tasks.backbone_embeddings(agent, texts, at_once=2)
+    for text, mean in zip(texts, means):            # padding changes nothing
+        ids = torch.tensor([agent.encoder.tokenizer.encode(text)])
+        x = agent.backbone.model(input_ids=ids, position_ids=torch.arange(
+            ids.shape[1]).expand(3, 1, -1)).last_hidden_state[0]
+        close(mean, x.mean(0))
+    config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32)
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    agent.encoder.tokenizer.save_pretrained(tmp_path)
+    for pooling in (False, True):
+        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
+        (tmp_path / "1_Pooling/config.json").write_text(json.dumps(
+            {"pooling_mode_cls_token": pooling}))
+        got = tasks.sentence_encoder(str(tmp_path), "cpu")(texts)
+        for text, one in zip(texts, got):
+            x = model(torch.tensor([agent.encoder.tokenizer.encode(text)])).last_hidden_state[0]
+            close(one, x[0] if pooling else x.mean(0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)   # no search on the hub
+    with pytest.raises(UserError, match="--encoder nowhere: cannot be loaded"):
+        tasks.sentence_encoder("nowhere", "cpu")
 
 
 # ---- train_projector.py ----------------------------------------------------------------------
@@ -1079,19 +1355,12 @@ def test_surrogate_kl_weights_and_overlong_by_hand():
     assert math.isfinite(train_rl.token_weights("sequence", torch.tensor([0]), 1, 1, 1))
 
 
-def test_the_table_of_algorithms_and_its_overrides():
+def test_flags_override_the_algorithms_row():
     def entry(algo, *flags):
-        return tuple(vars(train_rl.resolve_algorithm(
-            parsed(train_rl, "--algo", algo, *flags))).values())
-    assert entry("grpo") == ("group", 0.2, 0.2, "sequence", 0.01, False, False)
-    assert entry("dr_grpo") == ("none", 0.2, 0.2, "length", 0.0, False, False)
-    assert entry("dapo") == ("group", 0.2, 0.28, "tokens", 0.0, True, True)
-    assert entry("bnpo") == ("beta", 0.2, 0.28, "sum", 0.0, False, False)
-    flags = ["--dynamic-sampling", "off", "--beta", "0.1", "--scale", "none"]
-    assert entry("dapo", *flags) == ("none", 0.2, 0.28, "tokens", 0.1, False, True)
-    for bad in (["--group-size", "1"], ["--temperature", "0"], ["--prompts", "0"]):
-        with pytest.raises(UserError):
-            entry("grpo", *bad)
+        return train_rl.resolve_algorithm(parsed(train_rl, "--algo", algo, *flags))
+    assert entry("dapo") == train_rl.ALGORITHMS["dapo"]
+    got = entry("dapo", "--dynamic-sampling", "off", "--beta", "0.1", "--scale", "none")
+    assert got == train_rl.Algorithm("none", 0.2, 0.28, "tokens", 0.1, False, True)
 
 
 def test_prompts_run_through_every_row_once_an_epoch():
@@ -1120,15 +1389,17 @@ def update(monkeypatch, r, rewards, algo, tokens_at_once=32768, drop=()):
     return got, figures, reference
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dr_grpo", "dapo", "bnpo"])
+@pytest.mark.parametrize("algo", list(train_rl.ALGORITHMS))
 def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo):
     """One failed judgement, one prompt dropped by DAPO; one full pass of the policy an answer."""
     r, drop = roll()[1], (2,) if algo == "dapo" else ()
     rewards = torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.2, 0.2]])
     got, figures, reference = update(monkeypatch, r, rewards, algo, drop=drop)
-    assert figures["ratio_error"] < 1e-4 and (figures["kl"] > 0) == (algo == "grpo")
-    for n, g in update(monkeypatch, r, rewards, algo, 1, drop)[0].items():
-        close(g, got[n], 1e-4)                      # any split into micro-batches: same gradient
+    beta = 0.01 if algo == "grpo" or "released" in algo else 0.0
+    assert figures["ratio_error"] < 1e-4 and (figures["kl"] > 0) == (beta > 0)
+    if algo != "bnpo_released":                     # a rank's token mean is its own by definition
+        for n, g in update(monkeypatch, r, rewards, algo, 1, drop)[0].items():
+            close(g, got[n], 1e-4)                  # any split into micro-batches: same gradient
     policy = copy.deepcopy(tiny_agent().policy).requires_grad_(True)
     total, used, tokens, p = 0.0, 0, 0, rewards.nanmean(1)
     for n in range(9):
@@ -1136,22 +1407,45 @@ def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo
         if rewards.view(-1)[n].isnan() or i in drop:
             continue
         A = rewards.view(-1)[n] - p[i]
-        if algo in ("grpo", "dapo"):
+        if algo not in ("dr_grpo", "bnpo"):         # fails if the release's rows are not scaled
             A = A / (rewards[i][~rewards[i].isnan()].std() + 1e-4)
         if algo == "bnpo":
             A = A * train_rl.beta_weights(p[i].view(1, 1), p)[0, 0]
         x = torch.cat([r.prompt[i][r.prompt_mask[i]], r.inputs[n, :k]])[None]
         pi, ref = (F.log_softmax(net(x, kit.text_positions(x))[0, -k:] / 0.7, -1)
                    [range(k), r.actions[n, :k]] for net in (policy, reference))
-        loss = -A * (pi - pi.detach()).exp()        # the ratio is 1: no clipping
-        if algo == "grpo":
-            loss = loss + 0.01 * ((ref.detach() - pi).exp() - (ref.detach() - pi) - 1)
-        total += {"grpo": loss.mean(), "dr_grpo": loss.sum() / 10}.get(algo, loss.sum())
+        d = ref.detach() - pi
+        # At ratio 1 the surrogate's gradient is the policy gradient -A grad log pi.
+        loss = -A * pi + beta * (d.exp() - d - 1)
+        name = algo.removesuffix("_released")
+        total += {"grpo": loss.mean(), "dr_grpo": loss.sum() / 10}.get(name, loss.sum())
         used, tokens = used + 1, tokens + k
-    total = total / (tokens if algo == "dapo" else used)
+    total = total / (tokens if algo.startswith("dapo") or algo == "bnpo_released" else used)
     names, params = zip(*policy.named_parameters())
     for n, g in zip(names, gradients(total, params)):
         close(got[n], g, 2e-4)
+
+
+def test_kl_gradients_are_those_the_docstring_says():
+    """k3's pathwise gradient on policy is that of KL(ref || pi), the exact one's of KL(pi || ref)."""
+    torch.manual_seed(0)
+    policy = type("Policy", (), {"head": nn.Linear(4, 5)})
+    ref, x = copy.deepcopy(policy.head), torch.randn(5, 4)
+    shake(ref, 0.5)
+    (h,), actions, params = x[:1], torch.arange(5), list(policy.head.parameters())
+    log_pi, log_ref = policy.head(h).log_softmax(-1), ref(h).log_softmax(-1).detach()
+    # one state five times, each action once, weighted by its probability: the mean over policy
+    logp, _, ref_logp, exact = action_statistics(policy, h.expand(5, -1), actions, 1.0, None,
+                                                 type("Policy", (), {"head": ref}), h.expand(5, -1))
+    weights = log_pi.exp().detach()
+    reverse, forward = (log_ref.exp() * (log_ref - log_pi)).sum(), \
+        (log_pi.exp() * (log_pi - log_ref)).sum()
+    estimate = (weights * train_rl.k3(logp, ref_logp)).sum()
+    close(estimate, forward)                        # their values agree
+    for got, want in ((estimate, reverse), (exact[0], forward)):
+        for a, b in zip(gradients(got, params), gradients(want, params)):
+            close(a, b)                             # fails if d is taken the other way round
+    assert (gradients(forward, params)[0] - gradients(reverse, params)[0]).abs().max() > 1e-3
 
 
 def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeypatch):
@@ -1164,22 +1458,24 @@ def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeyp
         update(monkeypatch, r, torch.rand(3, 3), "grpo")
 
 
-@pytest.mark.parametrize("dynamic,want", [("off", [0, 1, 2]), ("on", [3, 6, 7])])
-def test_collect_keeps_varied_groups_and_refills(monkeypatch, dynamic, want):
-    """Three prompts a round; rewards vary for prompt 3 and from 6 on. The surplus is cut."""
+@pytest.mark.parametrize("dynamic,varied,want,rounds", [
+    ("off", (), [0, 1, 2], 1), ("on", (3, 6, 7, 8), [3, 6, 7], 3), ("on", (1, 11, 12), [1, 11], 4),
+    ("on", (), [], 4)])
+def test_collect_keeps_varied_groups_and_refills(monkeypatch, dynamic, varied, want, rounds):
+    """Three prompts a round, at most four rounds; the surplus is cut, a shortage trains on less."""
     args = parsed(train_rl, "--algo", "dapo", "--dynamic-sampling", dynamic, "--prompts", "3")
     keys = []
 
     def play(agent, task, rows, places, args, algorithm, key):
         keys.append(key)
-        rewards = torch.tensor([[0.0, float(p == 3 or p > 5)] for p in places])
+        rewards = torch.tensor([[0.0, float(p in varied)] for p in places])
         return train_rl.Judged(None, rewards, rewards, places, rows), 0.0, 0.0
     monkeypatch.setattr(train_rl, "play", play)
     prompts = train_rl.Prompts([{"id": i} for i in range(20)], 0)
-    rounds, kept, played, _ = train_rl.collect(None, None, prompts, args,
+    judged, kept, played, _ = train_rl.collect(None, None, prompts, args,
                                                train_rl.resolve_algorithm(args), 5)
-    assert kept == want == [j.order[i] for j in rounds for i in j.keep]
-    assert played == 3 * len(rounds) == 3 * len(set(keys)) == (9 if dynamic == "on" else 3)
+    assert kept == want == [j.order[i] for j in judged for i in j.keep]
+    assert played == 3 * rounds == 3 * len(judged) == 3 * len(set(keys))
 
 
 # ---- The whole chain, as a user would run it -------------------------------------------------
@@ -1423,6 +1719,8 @@ BAD = [
     ("train_rl --group-size 1", "--group-size 1.*use --scale none"),
     ("train_rl --prompts 0", "--prompts must be positive"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
+    ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name bad", "HF_HUB_OFFLINE"),
+    ("train_rl --judge-url http://h --task task.jsonl --name bad", "--judge-url needs --judge-model"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
     (f"{PAIRED} absent.jsonl", "absent.jsonl: cannot be read.*check the path"),
@@ -1438,7 +1736,7 @@ BAD = [
     (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: p.jsonl is not a usable image.*remove the row"),
     (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
-    ("train_bc --task bad-split.jsonl --name bad", "row 2: split 'test' is not one of"),
+    ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
     ("train_bc --task nothing --name bad", "neither a known task"),
     ("eval MAIN --task bad-long.jsonl", "bad-long.jsonl:[24]: the prompt has .* shorten"),
     ("eval runs/tiny/nothing", "no finished run there"),
@@ -1462,6 +1760,7 @@ BAD = [
 @pytest.mark.parametrize("command,message", BAD, ids=[c for c, _ in BAD])
 def test_chain_bad_input_is_one_clear_line(chain, command, message, monkeypatch, capfd):
     monkeypatch.chdir(chain.folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)   # no search on the hub
     if not (chain.folder / "llama").exists():
         damaged(chain.folder)
         qwen_folder(chain.folder / "qwen", shard="9GB")
@@ -1574,10 +1873,10 @@ def test_chain_token_space_and_its_evaluation(chain):
     summary = json.loads((token / "summary.json").read_text())
     rows = [json.loads(r) for r in (token / "predictions.jsonl").read_text().splitlines()]
     assert [len(r["answers"]) for r in rows] == [1, 3, 1, 3]            # id, ood x greedy, sampled
-    said = chain.run("eval.py", "--rescore", str(token / "predictions.jsonl"), "--task", chain.task)
+    said = chain.run("eval.py", "--rescore", str(token / "predictions.jsonl"))
     for r in rows:                                  # every figure again from the replies' text
         figures = summary[f"{r['split']} {r['mode']}"]
-        again = tasks.summarise(tasks.load_task(chain.task), [r])
+        again = tasks.summarise(file_task(chain.task), [r])
         assert {k: figures[k] for k in again} == pytest.approx(again, nan_ok=True)
         assert f"{figures['reward']:.4g}" in said
 

@@ -54,6 +54,7 @@ def arguments() -> Parser:
     parser = Parser(__doc__)
     parser.common_flags(**SIZED["clone"])
     parser.by_stage = lambda args: SIZED[kind_of(args)]
+    tasks.task_flags(parser)
     parser.flag("--stage", "sft", "bc: corpora only; sft: then the task's demonstrations",
                 choices=("bc", "sft"))
     parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
@@ -175,7 +176,7 @@ def main(args):
     if kind == "bc":
         streams, held = corpora(args, agent.encoder)
     else:
-        task = tasks.load_task(args.task, args.image_root)
+        task = tasks.load_task(args)
         if not task.splits["sft"]:
             raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
         streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,

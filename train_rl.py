@@ -68,8 +68,9 @@ RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}   # of log ratios b
 def arguments() -> Parser:
     parser = Parser(__doc__)
     parser.common_flags(steps=(80, 100), lr=(2e-4, 1e-6), min_p=(0.1, 0.0))
-    parser.by_stage = lambda args: {"lr": (5e-4, 1e-6), "min_p": (0.0, 0.0)} \
+    parser.by_stage = lambda args: {"lr": (2.5e-4, 1e-6), "min_p": (0.0, 0.0)} \
         if args.action_space == "token" else {}
+    tasks.task_flags(parser)
     parser.flag("--algo", "grpo", "row of the table of algorithms", choices=tuple(ALGORITHMS))
     parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
     parser.flag("--sft", "clone", "latent SFT to start from", choices=("clone", "release"))
@@ -415,7 +416,7 @@ def main(args):
     if agent.space != args.action_space:
         raise UserError(f"{parent} was trained in {agent.space} space, not {args.action_space}")
     agent.min_p = args.min_p
-    task = tasks.load_task(args.task, args.image_root)
+    task = tasks.load_task(args)
     if not task.splits["rl"]:
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     folder = folder_of(args, f"rl-{task_tag(args.task)}-{args.algo}-{args.action_space}"

@@ -1023,8 +1023,10 @@ def paired_bootstrap(before, after, seed: int, n: int = 10_000) -> tuple[float, 
     over n resamples of the rows (Efron, 1979). Rows where either is None or NaN are left out."""
     gain = np.array(after, dtype=float) - np.array(before, dtype=float)
     gain = gain[np.isfinite(gain)]
+    if not len(gain):
+        return math.nan, math.nan, math.nan
     rng = np.random.default_rng(seed)
-    means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(n)]
+    means = gain[rng.integers(0, len(gain), (n, len(gain)))].mean(1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(gain.mean()), float(low), float(high)
 

@@ -12,6 +12,7 @@ import copy
 import csv
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -1175,6 +1176,61 @@ def test_diversity_by_hand_and_of_any_sentence_encoder(tmp_path, monkeypatch):
         tasks.sentence_encoder("nowhere", "cpu")
 
 
+# ---- README.md -------------------------------------------------------------------------------
+
+
+def record(section_text, section_image_url):
+    """One TFRecord of WikiWeb2M: a SequenceExample with two lists, written out by hand."""
+    def field(number, data):
+        size, head = len(data), bytearray([number << 3 | 2])
+        while size >= 128:
+            head.append(size & 127 | 128)
+            size >>= 7
+        return bytes(head) + bytes([size]) + data
+
+    def entry(name, rows):
+        features = b"".join(field(1, field(1, b"".join(field(1, t.encode()) for t in texts)))
+                            for texts in rows)
+        return field(1, field(1, name.encode()) + field(2, features))
+    title = field(1, field(1, field(1, b"page_title") + field(2, field(1, field(1, b"Bus")))))
+    example = title + field(2, entry("section_text", section_text)
+                            + entry("section_image_url", section_image_url))
+    return len(example).to_bytes(8, "little") + b"crc!" + example + b"crc!"
+
+
+def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "http://wiki/a bus.JPG"
+    named = f"wikiweb2m/images/{hashlib.md5(url.encode()).hexdigest()}.jpg"
+    for file in ("cc12m/00/1.jpg", "n24news/images/n1.jpg", "llava/images/coco/l1.jpg", named):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(file)
+    Path("cc12m/00/1.txt").write_text("a bus\n")
+    Path("cc12m/00/2.txt").write_text("its picture could not be downloaded")
+    write(Path("n24news/nytimes_dataset.json"), [
+        {"image_id": i, "article": f"news {i}", "caption": "c"} for i in ("n1", "gone")])
+    write(Path("llava/llava_next_raw_format_processed.json"), [
+        {"id": "l", "image": "coco/l1.jpg", "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]},
+        {"id": "text", "conversations": [{"from": "human", "value": "Hi"}]}])
+    write(Path("helpsteer3.jsonl.gz"), [
+        {"context": [{"role": "user", "content": "Hi"}], "response1": "one", "response2": "two",
+         "overall_preference": p} for p in (-2, 3)])
+    Path("wikiweb2m/wikiweb2m-train.tfrecord.gz").write_bytes(gzip.compress(
+        record([["A bus " * 40], ["No picture."], [""]], [[url, "http://2"], [], [url]])
+        + record([["Gone."]], [["http://gone"]])))
+    write(Path("slimpajama.jsonl"), [{"text": "some text", "meta": {"redpajama_set_name": "C4"}}])
+    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    def said(name):
+        return [r["messages"][-1]["content"] for r, _ in kit.read_rows([name])]
+    assert said("cc12m.jsonl") == ["a bus"] and said("n24news.jsonl") == ["news n1"]
+    assert said("llava.jsonl") == ["A bus."] and said("helpsteer3.jsonl") == ["one", "two"]
+    assert said("wikiweb2m.jsonl") == ["A bus " * 40] and said("slimpajama.jsonl") == ["some text"]
+    for r, _ in kit.read_rows([f"{n}.jsonl" for n in ("cc12m", "n24news", "llava", "wikiweb2m")]):
+        assert len(r["images"]) == 1 and collated([r]).pixels is not None
+
+
 # ---- train_projector.py ----------------------------------------------------------------------
 
 
@@ -1879,6 +1935,27 @@ def test_chain_token_space_and_its_evaluation(chain):
         again = tasks.summarise(file_task(chain.task), [r])
         assert {k: figures[k] for k in again} == pytest.approx(again, nan_ok=True)
         assert f"{figures['reward']:.4g}" in said
+
+
+def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch):
+    """A quarter of the answers cannot be judged, 30 % of the other attempts fail once or more."""
+    def fault(prompt, attempt):
+        draw = random.Random(prompt)
+        return "500" if draw.random() < 0.25 else draw.choice(FAULTS) if attempt < 2 and \
+            draw.random() < 0.3 else None
+    server = FakeJudge(tasks.DIMENSIONS, fault)
+    for name, value in (("PAUSE", 0.01), ("TIMEOUT", 0.5)):
+        monkeypatch.setattr(tasks.Endpoint, name, value)
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    train_rl.main(parsed(
+        train_rl, "--task", chain.task, "--run-root", str(chain.root), "--name", "judge", *RL,
+        "--judge-url", server.url, "--judge-model", "m", "--steps", "3", "--device", "cpu"))
+    server.shutdown()
+    log, files = chain.log(f"{MAIN}-judge"), [f for f in chain.root.rglob("*") if f.is_file()]
+    assert 0 < sum(r["judge_failed"] for r in log) < 24
+    assert len(log) == 3 and all(math.isfinite(v) for r in log for v in r.values())
+    assert server.keys == {"Bearer s3cret"}
+    assert not [f for f in files if b"s3cret" in f.read_bytes()]
 
 
 def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):

@@ -14,7 +14,7 @@ All but mini are judged by an LLM behind an OpenAI-compatible endpoint (--judge-
 their word overlap with the reference. Deviations: prompt and judge texts are our own words (same
 dimensions, same format of scores); a judgement that failed is left out, never scored.
 
-    python eval.py runs/tiny/rl-mini-dapo-latent-s0           # ID and OOD; greedy, sampled, best-of-N
+    python eval.py runs/tiny/rl-mini-dapo-latent-s0           # ID, OOD; greedy, sampled, best-of-N
     python eval.py runs/tiny/rl-mini-*-s?                     # comparison, seeds aggregated
     torchrun --nproc-per-node 8 eval.py RUN                   # prompts are shared out to the ranks
     python eval.py RUN --samples 3 --temperature 0.1          # the paper's protocol
@@ -116,8 +116,8 @@ def task_flags(parser: Parser, of_run: bool = False):
                     help + " (default: the run's)" * of_run, **kw)
     flag("--task", "mini", "mini, mmrole, pcogalign or a JSON(L) file of dialogues")
     flag("--task-root", None, "folder of mmrole's or pcogalign's published files")
-    flag("--judge-url", None, "OpenAI-compatible endpoint of an LLM judge; without one mini has its "
-                              "rules and other tasks word overlap with the reference")
+    flag("--judge-url", None, "OpenAI-compatible endpoint of an LLM judge; without one mini has "
+                              "its rules and other tasks word overlap with the reference")
     flag("--judge-model", None, "the judge's model name at that endpoint")
     flag("--judge-prompt", None, "file with another judge prompt, see JUDGE_PROMPT in eval.py")
     flag("--judge-key", "JUDGE_API_KEY", "environment variable that holds the judge's key")
@@ -1165,7 +1165,7 @@ def main(args):
     if args.rescore:
         return rescore(args)
     if not args.runs:
-        raise UserError("name at least one run folder, for example runs/tiny/rl-mini-dapo-latent-s0")
+        raise UserError("name at least one run folder, like runs/tiny/rl-mini-dapo-latent-s0")
     summaries, pages, yardsticks = {}, {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():

@@ -768,7 +768,8 @@ class Encoder:
             [i for t in VISION_TOKENS if (i := tokenizer.convert_tokens_to_ids(t)) is not None])
         self.stop_ids = torch.tensor(sorted(
             {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}))
-        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>", "<|im_end|>"}
+        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
+                         "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         self.fixed_size = IMAGE_SIZE if self._budget() >= IMAGE_SIZE[0] * IMAGE_SIZE[1] else None
 
@@ -819,9 +820,9 @@ class Encoder:
             elif t and ids[max(0, t - len(self.turn)):t] == self.turn:  # ids[t] is the newline(s)
                 inside = True
         ids = torch.tensor(ids)
-        return Example(row["id"], where, ids, mrope_positions(ids, grids, self.image_token, self.merge),
-                       ~torch.isin(ids, self.vision_ids), torch.tensor(response), row["images"],
-                       grids)
+        positions = mrope_positions(ids, grids, self.image_token, self.merge)
+        return Example(row["id"], where, ids, positions, ~torch.isin(ids, self.vision_ids),
+                       torch.tensor(response), row["images"], grids)
 
     def pixels(self, example: Example) -> Tensor | None:
         """(patches, 1176) of a row's images, decoded here and not before."""
@@ -938,8 +939,8 @@ class Stream:
         rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
         kept = [n for n in range(len(rows)) if lengths[n]]
         if len(kept) < len(rows):
-            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows exceed {self.max_tokens} tokens "
-                "without a message boundary to cut at: left out")
+            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows exceed {self.max_tokens} "
+                "tokens without a message boundary to cut at: left out")
         rng.shuffle(kept)
         kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order
         self.batches, total = [[]], 0

@@ -1118,7 +1118,7 @@ def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoin
         judge([QUESTION], ["unheard"])
 
 
-def test_endpoint_sends_the_key_of_its_variable_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
+def test_endpoint_sends_its_variables_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "the-users-hub-token")
     server, judge = endpoint()                      # fails if no explicit key is passed
     judge([QUESTION], ["one"])
@@ -1140,7 +1140,8 @@ def test_judge_prompt_is_filled_once_replaceable_and_may_carry_the_picture(endpo
     (image, text), = [m["content"] for m in judge.messages(
         {**QUESTION, "images": [picture()]}, "say {reference}")]
     assert text["text"].startswith("say {reference} against A bus.: - Fluency: correct")
-    assert text["text"].endswith("{nothing}") and image["image_url"]["url"].startswith("data:image/")
+    assert text["text"].endswith("{nothing}")
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
     template.write_text("{answer}")
     with pytest.raises(UserError, match="lacks {reference}"):
         endpoint(lambda p, n: None, "--judge-prompt", str(template))
@@ -1483,7 +1484,7 @@ def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo
 
 
 def test_kl_gradients_are_those_the_docstring_says():
-    """k3's pathwise gradient on policy is that of KL(ref || pi), the exact one's of KL(pi || ref)."""
+    """k3's pathwise gradient is that of KL(ref || pi), the exact one's that of KL(pi || ref)."""
     torch.manual_seed(0)
     policy = type("Policy", (), {"head": nn.Linear(4, 5)})
     ref, x = copy.deepcopy(policy.head), torch.randn(5, 4)
@@ -1666,7 +1667,7 @@ class Chain:
     def run(self, script, *flags, status=0, **kw):
         done = subprocess.run(self.command(script, *flags, **kw), env=ENV, cwd=self.folder,
                               capture_output=True, text=True, timeout=120)
-        assert status is None or done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+        assert done.returncode == status or status is None, done.stdout + done.stderr[-4000:]
         return done.stdout + done.stderr
 
     def drive(self, root, commands, ranks=1, base=True, status=0, **setup):
@@ -1752,8 +1753,8 @@ def damaged(folder):
             ("missing", {**good, "images": ["no.png"]}), ("cut", {**good, "images": ["cut.png"]}),
             ("bomb", {**good, "images": ["bomb.png"]}), ("extra", {**good, "images": []}),
             ("text", {**good, "images": ["p.jsonl"]}), ("split", {**good, "split": "test"}),
-            ("long", {**good, "split": "id", "messages": [{"role": "user", "content": "<image>" + "x " * 5000},
-                                           good["messages"][1]]})):
+            ("long", {**good, "split": "id", "messages": [
+                {"role": "user", "content": "<image>" + "x " * 5000}, good["messages"][1]]})):
         lines = [json.dumps(good), r if isinstance(r, str) else json.dumps(r)] * 2
         (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
     (folder / "bad-empty.jsonl").write_text("")
@@ -1775,8 +1776,8 @@ BAD = [
     ("train_rl --group-size 1", "--group-size 1.*use --scale none"),
     ("train_rl --prompts 0", "--prompts must be positive"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
-    ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name bad", "HF_HUB_OFFLINE"),
-    ("train_rl --judge-url http://h --task task.jsonl --name bad", "--judge-url needs --judge-model"),
+    ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
+    ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url needs --judge-model"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
     (f"{PAIRED} absent.jsonl", "absent.jsonl: cannot be read.*check the path"),
@@ -1803,7 +1804,7 @@ BAD = [
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
     ("train_bc --model qwen --parent runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad", "run first: python train_bc.py --model qwen --stage bc"),
-    ("train_projector --model llama --paired p.jsonl --no-text", "is a llama model, not Qwen2.5-VL"),
+    ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
     ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
      "a.png/x.*cannot be made.*--run-root"),
@@ -1856,7 +1857,7 @@ def recorded(chain):
 
 
 @pytest.mark.parametrize("root,setup", [("two", {"ranks": 2}), ("micro", {"micro": True})])
-def test_chain_on_two_ranks_or_in_micro_batches_has_the_same_gradients(chain, recorded, root, setup):
+def test_chain_on_two_ranks_or_micro_batches_has_equal_gradients(chain, recorded, root, setup):
     """Rows, prompts and images are shared out unevenly; fails if any denominator is local.
     Each stage is redone from the same parents: the last first."""
     shutil.copytree(chain.folder / "one", chain.folder / root)
@@ -1890,8 +1891,8 @@ def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
 
 
 def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
-    some, none = (chain.log(f"rl-task-grpo-latent-s0-idm1-policy1-{name}", chain.folder / "one/tiny")
-                  for name in ("some", "all"))
+    some, none = (chain.log(f"rl-task-grpo-latent-s0-idm1-policy1-{name}",
+                            chain.folder / "one/tiny") for name in ("some", "all"))
     assert 0 < sum(r["judge_failed"] for r in some) < 24
     assert [r["judge_failed"] for r in none] == [12, 12] and none[0]["reward_mean"] == 0
 
@@ -1987,3 +1988,250 @@ def test_chain_on_the_mini_world(chain):
     chain.run("train_rl.py", *RL, "--algo", "bnpo", "--steps", "2", quick=True)
     log = chain.log("rl-mini-bnpo-latent-s0")
     assert len(log) == 2 and all(math.isfinite(v) for r in log for v in r.values())
+
+
+# ---- python test_all.py --benchmark [SHAPE]: speed against what a user would otherwise run -----
+
+SHAPES = {      # width, layers, heads, kv heads, MLP width, vocabulary, vision depth, vision width
+    "tiny": (128, 3, 4, 2, 320, 1_024, 2, 64),
+    "medium": (256, 16, 4, 2, 688, 32_000, 4, 128),
+    "3b-deep": (128, 36, 4, 2, 688, 9_496, 4, 80),          # 3B's depth, widths / 16
+    "3b": (2048, 36, 16, 2, 11_008, 151_936, 32, 1280)}
+G, NEW, IMAGE_TOKENS, PROMPT = 8, 64, 150, 256
+
+
+def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
+    """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
+    width, layers, heads, kv_heads, mlp, own_vocab, depth, vision = SHAPES[shape]
+    _, tokenizer, processor = kit.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
+    half = width // heads // 2
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=vocab or own_vocab, bos_token_id=0, eos_token_id=2, hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            max_position_embeddings=32_768, rope_parameters={
+                "rope_type": "default", "rope_theta": 1e6,
+                "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}),
+        vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=vision * 8 // 3,
+                           num_heads=4 if vision < 1280 else 16, out_hidden_size=width,
+                           fullatt_block_indexes=[depth - 1]),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        base = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="sdpa").eval()
+    processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
+    agent = Agent(base, Encoder(tokenizer, processor, base.config), {
+        "codes": codes, "idm_layers": 4, "policy_layers": 8, "no_projector": False})
+    agent.encoder.stop_ids = torch.tensor([-1])
+    return agent.make("projector", "idm", "codebook", "world", "policy").eval()
+
+
+def benchmark_row(agent, length, image=True):
+    """A row of about `length` tokens, 150 of them of a 280 x 420 picture."""
+    words = "a b " * ((length - IMAGE_TOKENS * image) // 2)
+    n = len(agent.encoder.tokenizer.encode(words)) / (len(words) / 4)
+    words = "a b " * int((length - IMAGE_TOKENS * image - 24) / n)
+    return row("<image>" * image + words, "a b", [picture(420, 280)] if image else [])
+
+
+def timed(functions, rounds, device):
+    """Median seconds of each function, called in turn so that load falls on all alike."""
+    seconds = {name: [] for name in functions}
+    for k in range(rounds + 1):
+        for name, f in functions.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            f()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if k:                                   # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+
+
+def usual_inputs(agent, prompt, copies):
+    pixels = agent.encoder.pixels(prompt).to(agent.device, agent.dtype)
+    ids = prompt.ids[None].expand(copies, -1).to(agent.device)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids),
+                pixel_values=pixels.repeat(copies, 1),
+                image_grid_thw=prompt.grids.repeat(copies, 1).to(agent.device),
+                mm_token_type_ids=(ids == agent.encoder.image_token).int())
+
+
+def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=128, vocab=None,
+                 usual=True):
+    """What one RL step of one group costs: name -> function, for rollouts, updates, prefills."""
+    latent = benchmark_agent(shape, device, codes, vocab)
+    token = copy.copy(latent)
+    token._modules = dict(latent._modules)
+    token.make_token_policy()
+    prompt = latent.encoder.encode(benchmark_row(latent, prompt_tokens), prompt=True)
+    A = torch.randn(group, device=device)
+
+    def update(agent, algorithm=train_rl.ALGORITHMS["grpo"]):
+        with torch.no_grad():
+            r = rollout(agent, [prompt], group, new, 1.0, [0])
+        reference = copy.deepcopy(agent.policy)
+        agent.train_only("policy")
+        bias = agent.token_bias if agent.space == "token" else None
+
+        def step():
+            with agent.autocast():
+                with torch.no_grad():
+                    ref_h = replay(reference, r)[r.mask]
+                h = replay(agent.policy, r)[r.mask]
+                logps, _, ref_logps, _ = action_statistics(
+                    agent.policy, h, r.actions[r.mask], 1.0, bias, reference, ref_h)
+            which = r.mask.nonzero()[:, 0]
+            loss = train_rl.surrogate(logps, r.logps[r.mask], A[which], 0.2, 0.2) \
+                + algorithm.beta * train_rl.k3(logps, ref_logps)
+            (loss / r.mask.sum()).sum().backward()
+            agent.policy.zero_grad(set_to_none=True)
+        return step
+
+    def usual_rollout():
+        latent.backbone.generate(**usual_inputs(latent, prompt, group), do_sample=True, top_k=0,
+                                 max_new_tokens=new, min_new_tokens=new)
+
+    def usual_prefill():
+        with torch.no_grad():
+            latent.backbone(**usual_inputs(latent, prompt, group), logits_to_keep=1, use_cache=True)
+
+    def prefill():
+        with torch.no_grad():
+            batch, cache = latent.encoder.collate([prompt]).to(device), kit.KVCache(len(prompt))
+            states = latent.project(latent.embeddings(batch, cache), batch.has_image)
+            policy_cache = kit.KVCache(states.shape[1])
+            latent.policy.hidden(states, kit.text_positions(states), policy_cache)
+            cache.expand(group, new)
+            policy_cache.expand(group, new)
+
+    full, reference = copy.deepcopy(latent.backbone), latent.backbone
+    full.requires_grad_(True)
+    inputs = usual_inputs(latent, prompt, group)
+    said = torch.randint(9, 300, (group, new), device=device)
+    longer = {**inputs, **{k: torch.cat([inputs[k], fill], 1) for k, fill in (
+        ("input_ids", said), ("attention_mask", torch.ones_like(said)),
+        ("mm_token_type_ids", torch.zeros_like(said, dtype=torch.int)))}}
+
+    def usual_update():
+        """The whole model, reference and policy, over prompt and answer of every row."""
+        def logps(model):
+            logits = model(**longer, logits_to_keep=new + 1, use_cache=False).logits[:, :-1].float()
+            return logits.log_softmax(-1).gather(-1, said[..., None])[..., 0]
+        with torch.no_grad():
+            ref = logps(reference)
+        new_logps = logps(full)
+        loss = train_rl.surrogate(new_logps, new_logps.detach(), A[:, None], 0.2, 0.2) \
+            + 0.01 * train_rl.k3(new_logps, ref)
+        loss.mean().backward()
+        full.zero_grad(set_to_none=True)
+
+    parts = {"rollout": {"latent": lambda: rollout(latent, [prompt], group, new, 1.0, [0]),
+                         "token, ours": lambda: rollout(token, [prompt], group, new, 1.0, [0])},
+             "update": {"latent": update(latent), "token, ours": update(token)},
+             "prefill": {"latent": prefill}}
+    if usual:
+        parts["rollout"]["token, usual"] = usual_rollout
+        parts["update"]["token, usual"] = usual_update
+        parts["prefill"]["token, usual"] = usual_prefill
+    return parts, len(prompt)
+
+
+def idm_step(shape, device, padded=False):
+    """One joint IDM step on 4 + 4 rows of ~300 tokens; `padded` computes it over 2048 positions
+    with the logits of every one of them, as the release does."""
+    agent = benchmark_agent(shape, device)
+    rows = [{**benchmark_row(agent, 300 - 7 * n, image=n < 4), "id": str(n)} for n in range(8)]
+    batch = agent.encoder.collate([agent.encoder.encode(r) for r in rows]).to(device)
+    agent.train_only("projector", "idm", "codebook", "world")
+    if padded:
+        wide = 2048 - batch.ids.shape[1]
+        pad = functools.partial(F.pad, pad=(0, wide))
+        batch = kit.Batch(batch.row_ids, pad(batch.ids), pad(batch.positions), batch.lengths,
+                          batch.pixels, batch.grids, F.pad(batch.text_index, (0, 2048 -
+                          batch.tokens.shape[1])), *(F.pad(x, (0, 2048 - x.shape[1])) if x.dim() > 1
+                          else x for x in (batch.tokens, batch.text_lengths, batch.targets,
+                                           batch.seen_image, batch.has_image)))
+    noise = torch.zeros(*batch.tokens.shape, 128, device=device)
+
+    def step():
+        with torch.no_grad():
+            e = agent.embeddings(batch)
+            states = agent.project(e, batch.has_image)
+        if padded:
+            logits = agent.idm_logits(states)
+            choice = train_idm.straight_through(logits, noise[:, 1:])
+            x = agent.world(states[:, :-1], choice @ agent.codebook.weight)
+            every = agent.backbone.lm_head(x.to(states.dtype)).float().transpose(1, 2)
+            labels = batch.tokens[:, 1:].masked_fill(~batch.targets[:, :-1], -100)
+            loss = F.cross_entropy(every, labels) + train_idm.negative_entropy(logits).mean()
+            loss = loss + stage1.projector_losses(agent, batch, e, cycle=True).sum() * 1e-3
+        else:
+            ce, neg_entropy, _ = train_idm.inverse_losses(agent, batch, states, noise)
+            loss = ce.mean() + neg_entropy.mean() + 1e-3 * stage1.projector_losses(
+                agent, batch, e, cycle=True).sum()
+        loss.backward()
+        agent.zero_grad(set_to_none=True)
+    return step
+
+
+def benchmark(shape="medium", device="cpu", part=None):
+    """Print medians, ratios to what a user would otherwise run, and how cost grows."""
+    torch.set_num_threads(1)
+    if part:                                        # one measurement of memory, in its own process
+        idm_step(shape, device, part == "padded")()
+        return print(kit.peak_memory())
+    memory = {name: int(subprocess.run(             # first: a child's peak starts at its parent's
+        [sys.executable, __file__, "--benchmark", shape, "--device", device, "--part", p],
+        env=ENV, capture_output=True, text=True, check=True).stdout) / 1e9
+        for name, p in (("ours", "short"), ("padded to 2048", "padded"))}
+    rounds = 3 if device == "cpu" else 9
+    parts, n = rl_functions(shape, device)
+    fields = ("width", "layers", "heads", "kv heads", "MLP", "vocabulary", "vision layers",
+              "vision width")
+    print(f"{shape} on {device}: {dict(zip(fields, SHAPES[shape]))}")
+    print(f"one group: {G} answers of {NEW} tokens, prompt of {n} tokens, {IMAGE_TOKENS} of them "
+          "image; 8 policy layers, 128 codes; medians, interleaved\n")
+    table = {}
+    for name, functions in parts.items():
+        median = timed(functions, rounds, device)
+        table[name] = {f"{k} (s)": v for k, v in median.items()} | {
+            "latent / usual": median["latent"] / median["token, usual"]}
+        if "token, ours" in median:
+            table[name]["latent / ours"] = median["latent"] / median["token, ours"]
+    print(kit.format_table("RL", table), "\n")
+    del parts
+    steps = {"ours": idm_step(shape, device), "padded to 2048": idm_step(shape, device, True)}
+    median = timed(steps, 1 if device == "cpu" else rounds, device)
+    print(kit.format_table("IDM step, 8 rows of ~300 tokens", {
+        name: {"seconds": median[name], "ratio": median[name] / median["padded to 2048"],
+               "peak memory (GB)": memory[name]} for name in steps}), "\n")
+    grows = {}
+    for change in ({}, {"group": 16}, {"prompt_tokens": 512}, {"new": 128}, {"codes": 512},
+                   {"vocab": 4 * SHAPES[shape][5]}):
+        functions, _ = rl_functions(shape, device, usual=False, **change)
+        flat = {f"{space} {what}": f for what in ("rollout", "update")
+                for space, f in functions[what].items()}
+        seconds = timed(flat, rounds, device)
+        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as above"
+        grows[name] = seconds if not grows else {k: v / grows["as above"][k]
+                                                 for k, v in seconds.items()}
+    print(kit.format_table("cost (s), then factors", grows))
+    return table
+
+
+if __name__ == "__main__":
+    parser = kit.Parser(__doc__)
+    parser.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES, required=True)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--part", choices=("short", "padded"), help="used by the benchmark itself")
+    given = parser.parse_args()
+    benchmark(given.benchmark, given.device, given.part)

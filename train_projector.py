@@ -67,7 +67,7 @@ def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
 
 
 def cell_words(rows: list[dict], tokenizer) -> Tensor:
-    """(rows, 4, 4) ids of " colour", " shape" (" in" twice for an empty cell) and both of " cell"."""
+    """(rows, 4, 4) ids of " colour", " shape" (" in" twice for an empty cell), both of " cell"."""
     def one(word):
         return tokenizer.encode(" " + word, add_special_tokens=False)[0]
     return torch.tensor([[[one(w) for w in (*(thing or "in in").split(), *cell.split())]
@@ -261,7 +261,8 @@ def main(args):
     paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
     for step in run.steps(args.steps, modules, [optimizer], streams):
         joint = step >= paired_steps and not args.no_cycle
-        batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else ("paired",))
+        kinds = ("paired", "text") if joint else ("paired",)
+        batches, row_ids = next_batches(agent, streams, kinds)
         counts = projector_counts(batches)
         total = torch.zeros(2)
         for batch in batches:

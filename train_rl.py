@@ -81,7 +81,8 @@ def arguments() -> Parser:
     parser.flag("--aggregate", None, "token weights (default: the algorithm's)",
                 choices=("sequence", "length", "tokens", "sum", "local"))
     parser.flag("--beta", None, "weight of the KL (default: the algorithm's)", type=float)
-    parser.flag("--kl", "k3", "k3: sampled; exact: summed over all actions", choices=("k3", "exact"))
+    parser.flag("--kl", "k3", "k3: sampled; exact: summed over all actions",
+                choices=("k3", "exact"))
     parser.flag("--dynamic-sampling", None, "on or off (default: the algorithm's)",
                 choices=("on", "off"))
     parser.flag("--overlong", None, "on or off (default: the algorithm's)", choices=("on", "off"))

@@ -114,6 +114,7 @@ def task_flags(parser: Parser, of_run: bool = False):
     def flag(name, default, help, **kw):
         parser.flag(name, None if of_run else default,
                     help + " (default: the run's)" * of_run, **kw)
+    stage, parser.section = parser.section, parser.add_argument_group("task and judge")
     flag("--task", "mini", "mini, mmrole, pcogalign or a JSON(L) file of dialogues")
     flag("--task-root", None, "folder of mmrole's or pcogalign's published files")
     flag("--judge-url", None, "OpenAI-compatible endpoint of an LLM judge; without one mini has "
@@ -123,6 +124,7 @@ def task_flags(parser: Parser, of_run: bool = False):
     flag("--judge-key", "JUDGE_API_KEY", "environment variable that holds the judge's key")
     flag("--judge-threads", 16, "judge calls at a time on each rank", type=int)
     parser.flag("--judge-images", False, "send the pictures along, to a judge that can see")
+    parser.section = stage
 
 
 def load_task(args) -> Task:

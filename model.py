@@ -91,8 +91,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str):
         self.sized = {}                             # defaults as (tiny, full scale)
         self.by_stage = lambda args: {}             # the same, depending on other flags
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.section = self                         # where flags go: a part of --help
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -103,8 +104,9 @@ class Parser(argparse.ArgumentParser):
             kw["action"] = "store_true"
         elif default is not None and "nargs" not in kw:
             kw.setdefault("type", type(default))
-        shown = "" if default in (None, False) else f" (default: {default})"
-        self.add_argument(name, default=default, help=help + shown, **kw)
+        silent = default is None or default is False or default == ""
+        shown = "" if silent else f" (default: {default})"
+        self.section.add_argument(name, default=default, help=help + shown, **kw)
 
     def common_flags(self, **sized):
         """The flags that every training script shares; the rest stand in the script itself.
@@ -112,6 +114,7 @@ class Parser(argparse.ArgumentParser):
         `sized` gives the defaults that depend on the model, each as (tiny, full scale).
         """
         self.sized = {"codes": (64, 128), "idm_layers": (2, 4), "policy_layers": (2, 8), **sized}
+        self.section = self.add_argument_group("model, data and run")
         self.flag("--model", "tiny", "`tiny` (embedded), a Qwen2.5-VL folder or a hub id")
         self.flag("--paired", None, "corpora of dialogues with images (JSON, JSONL, .gz)",
                   nargs="+", metavar="FILE")
@@ -131,6 +134,7 @@ class Parser(argparse.ArgumentParser):
                   choices=("auto", "float32", "bfloat16"))
         self.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
         self.flag("--fresh", False, "delete this run's folder and start it again")
+        self.section = self.add_argument_group("structure and ablations, with folders of their own")
         self.flag("--codes", None, "|C|, size of the codebook" + self.shown("codes"), type=int)
         self.flag("--idm-layers", None, "layers of the inverse dynamics model"
                   + self.shown("idm_layers"), type=int)
@@ -139,6 +143,7 @@ class Parser(argparse.ArgumentParser):
         self.flag("--no-text", False, "ablation: no text-only rows")
         self.flag("--no-projector", False, "ablation: states of text-only rows are e^T itself")
         self.flag("--no-cycle", False, "ablation: no cycle loss on text-only rows")
+        self.section = self.add_argument_group("this stage")
 
     def shown(self, name: str) -> str:
         return " (default: {}, tiny {})".format(*reversed(self.sized[name]))

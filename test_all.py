@@ -407,15 +407,6 @@ def test_responses_that_start_with_white_space_are_found(start):
     assert tiny_agent().encoder.tokenizer.decode(e.ids[e.response]).endswith("one.<|im_end|>")
 
 
-def test_micro_batches_keep_every_row_within_the_size():
-    rows = examples([row("x " * n, row_id=str(n)) for n in (3, 40, 7, 22, 9, 60)])
-    for size in (1, 100, 300, 10 ** 6):
-        parts = kit.micro_batches(rows, size)
-        assert sorted(e.id for p in parts for e in p) == sorted(e.id for e in rows)
-        assert all(len(p) * max(map(len, p)) <= size or len(p) == 1 for p in parts)
-    assert kit.micro_batches([]) == []
-
-
 def stream(source, **kw):
     return Stream(source, tiny_agent().encoder, **{"batch_tokens": 150, "seed": 1, "block": 8,
                                                    "max_tokens": 60, **kw})
@@ -440,22 +431,6 @@ def test_stream_covers_an_epoch_and_resumes_at_the_exact_row(tmp_path, name):
         assert take(again, 12 - k) == batches[k:]
     assert len({str(take(stream(source, seed=s), 1)) for s in range(4)}) > 1
     assert all(sum(map(len, stream(source).next())) <= 150 for _ in range(3))
-
-
-def test_stream_gives_the_same_global_batches_on_two_ranks(monkeypatch):
-    sums, shares, parts = [], [], []
-    monkeypatch.setattr(kit, "all_sum", lambda v: sums.append(v.clone()) or v)
-    whole = take(stream(text_rows(21)), 9)
-    for r in (0, 1):
-        totals = iter(sums)
-        shares.append([])
-        monkeypatch.setattr(kit, "rank", lambda: r)
-        monkeypatch.setattr(kit, "world", lambda: 2)
-        monkeypatch.setattr(kit, "all_sum", lambda v: shares[r].append(v.clone()) or next(totals))
-        parts.append(take(stream(text_rows(21)), 9))
-    assert all(torch.equal(a + b, total) for a, b, total in zip(*shares, sums, strict=True))
-    assert [[x for pair in itertools.zip_longest(a, b) for x in pair if x]
-            for a, b in zip(*parts)] == whole and any(parts[1])
 
 
 def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
@@ -1040,7 +1015,7 @@ class FakeHandler(BaseHTTPRequestHandler):
                            "choices": [{"index": 0, "finish_reason": "stop", "message": {
                                "role": "assistant", "content": text}}]}).encode()
         if fault == "slow":
-            time.sleep(1.0)
+            time.sleep(3.5)
         if fault == "drop":
             return self.close_connection and None
         self.send_response({"429": 429, "500": 500, "401": 401}.get(fault, 200))
@@ -1060,7 +1035,7 @@ class FakeHandler(BaseHTTPRequestHandler):
 def endpoint(monkeypatch, tmp_path):
     """A judge of the tests' own server: endpoint(fault) -> (server, judge)."""
     monkeypatch.setattr(tasks.Endpoint, "PAUSE", 0.01)
-    monkeypatch.setattr(tasks.Endpoint, "TIMEOUT", 0.5)
+    monkeypatch.setattr(tasks.Endpoint, "TIMEOUT", 3.0)
     servers = []
 
     def make(fault=lambda prompt, attempt: None, *flags):
@@ -1439,7 +1414,7 @@ def update(monkeypatch, r, rewards, algo, tokens_at_once=32768, drop=()):
     args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7",
                   "--max-new-tokens", "10")
     algorithm, kept = train_rl.resolve_algorithm(args), [p for p in range(3) if p not in drop]
-    judged = train_rl.Judged(r, rewards, rewards, [0, 1, 2], ROWS, kept)
+    judged = train_rl.Judged(r, rewards * 0, rewards, [0, 1, 2], ROWS, kept)   # `shaped` counts
     figures = train_rl.update(
         agent, reference if algorithm.beta else None, None, None, [judged], kept, args, algorithm,
         tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10), tokens_at_once)
@@ -1515,6 +1490,20 @@ def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeyp
         update(monkeypatch, r, torch.rand(3, 3), "grpo")
 
 
+def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
+    agent, task = roll()[0], tasks.Task("t", ("d",), (0, 1), {}, None, 10, lowest=0.0)
+    task.judge = lambda rows, answers: [None if n == 4 else f"d: x [Scores]: ({n}, 10)"
+                                        for n in range(len(answers))]
+    args = parsed(train_rl, "--algo", "dapo", "--group-size", "3")
+    j, *_ = train_rl.play(agent, task, ROWS, [0, 1, 2], args, train_rl.ALGORITHMS["dapo"], (0,))
+    want = torch.tensor([n / 10 for n in range(9)])
+    want[4] = NAN
+    close(j.rewards.view(-1).nan_to_num(-9), want.nan_to_num(-9))
+    extra = train_rl.overlong_punishment(j.rollout.mask.sum(1), 10)
+    assert extra.min() < 0
+    close((j.shaped - j.rewards).view(-1)[~want.isnan()], extra[~want.isnan()])
+
+
 @pytest.mark.parametrize("dynamic,varied,want,rounds", [
     ("off", (), [0, 1, 2], 1), ("on", (3, 6, 7, 8), [3, 6, 7], 3), ("on", (1, 11, 12), [1, 11], 4),
     ("on", (), [], 4)])
@@ -1526,7 +1515,8 @@ def test_collect_keeps_varied_groups_and_refills(monkeypatch, dynamic, varied, w
     def play(agent, task, rows, places, args, algorithm, key):
         keys.append(key)
         rewards = torch.tensor([[0.0, float(p in varied)] for p in places])
-        return train_rl.Judged(None, rewards, rewards, places, rows), 0.0, 0.0
+        shaped = rewards + torch.tensor([0.0, -0.1])    # fails if the filter looks at these
+        return train_rl.Judged(None, rewards, shaped, places, rows), 0.0, 0.0
     monkeypatch.setattr(train_rl, "play", play)
     prompts = train_rl.Prompts([{"id": i} for i in range(20)], 0)
     judged, kept, played, _ = train_rl.collect(None, None, prompts, args,
@@ -1654,6 +1644,7 @@ class Chain:
         self.files = ["--paired", write(folder / "p.jsonl", paired[:6]),
                       write(folder / "q.json", paired[6:]),
                       "--text", write(folder / "t.jsonl.gz", text_rows(12)), "--task", self.task]
+        qwen_folder(folder / "qwen", shard="9GB")
         (folder / "quick.py").write_text(QUICK)
         (folder / "driver.py").write_text(DRIVER)
 
@@ -1715,22 +1706,35 @@ def test_chain_runs_every_stage_and_says_so(chain):
             "codes_used", "code_perplexity", "distinct_answers"} <= set(log[0])
 
 
-def test_chain_stages_change_what_they_train_and_nothing_else(chain):
-    trained = {"projector": {"projector"}, "idm": {"idm", "codebook", "world", "projector"},
-               "bc": {"policy"}, "sft-task-latent": {"policy", "world"}, MAIN: {"policy"}}
-    agent = Agent.from_run(chain.runs / "idm", "cpu", skip=())
-    agent.make("projector", "idm", "codebook", "world", "policy")       # as seed 0 starts them
-    old = {k: v.clone() for k, v in agent.state_dict().items()}
-    for stage, modules in trained.items():
-        new, folder = chain.weights(stage), chain.runs / stage
-        assert {k.split(".")[0] for k in new} == modules, stage
-        assert not [k for k, v in new.items() if torch.equal(v, old[k])], stage
-        assert json.loads((folder / "config.json").read_text())["versions"]
-        assert not (folder / "state").exists()
-        old.update(new)
-    final = Agent.from_run(chain.runs / MAIN, "cpu")
-    assert all(torch.equal(v, old[k]) for k, v in final.state_dict().items())   # backbone included
-    assert isinstance(final.chat("What do you see?", chain.folder / "a.png"), str)
+def test_chain_leaves_only_what_each_stage_trained_and_an_agent(chain):
+    for stage, modules in {"projector": {"projector"}, "bc": {"policy"}, MAIN: {"policy"},
+                           "idm": {"idm", "codebook", "world", "projector"},
+                           "sft-task-latent": {"policy", "world"}}.items():
+        assert {k.split(".")[0] for k in chain.weights(stage)} == modules, stage
+        assert not (chain.runs / stage / "state").exists()
+    agent = Agent.from_run(chain.runs / MAIN, "cpu")        # each module from its nearest ancestor
+    nearest = {**chain.weights("idm"), **chain.weights("sft-task-latent"), **chain.weights(MAIN)}
+    assert all(torch.equal(v, nearest[k]) for k, v in agent.state_dict().items() if k in nearest)
+    assert isinstance(agent.chat("What do you see?", chain.folder / "a.png"), str)
+
+
+@pytest.mark.parametrize("flags,absent", [
+    (["--no-text"], {"ce_text", "loss_cycle"}), (["--no-cycle"], {"loss_cycle"}),
+    (["--no-projector"], {"loss_paired", "loss_cycle"})])
+def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, monkeypatch, flags,
+                                                                        absent):
+    def fill(self, args, usual=kit.Parser.fill):
+        args.steps = args.steps or 2
+        return usual(self, args)
+    monkeypatch.setattr(kit.Parser, "fill", fill)
+    train_rl.main(parsed(train_rl, *RL, *flags, *chain.files, "--steps", "1", "--device", "cpu",
+                         "--run-root", str(chain.root)))
+    tag = flags[0].replace("-", "")
+    for row in chain.log(f"idm-{tag}"):
+        assert {k for k in ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
+                if not row[k]} == absent
+    agent = Agent.from_run(chain.runs / f"{MAIN}-{tag}", "cpu")
+    assert (agent.projector is None) == (tag == "noprojector")
 
 
 def test_chain_repeated_is_finished_and_other_arguments_are_refused(chain):
@@ -1814,24 +1818,37 @@ BAD = [
 ]
 
 
+@pytest.fixture
+def refused(chain, monkeypatch, capfd):
+    """The one line that a command ends with: refused("train_rl --nonsense")."""
+    def run(command):
+        monkeypatch.chdir(chain.folder)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        script, *flags = shlex.split(command)
+        script = tasks if script == "eval" else sys.modules[script]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            kit.launch(script.main, script.arguments())
+        said = capfd.readouterr().err
+        (line,) = [line for line in said.splitlines() if "error:" in line]
+        assert ended.value.code == 2 and "Traceback" not in said
+        return line
+    return run
+
+
+@pytest.fixture(scope="session")
+def damaged_chain(chain):
+    damaged(chain.folder)
+    return chain
+
+
 @pytest.mark.parametrize("command,message", BAD, ids=[c for c, _ in BAD])
-def test_chain_bad_input_is_one_clear_line(chain, command, message, monkeypatch, capfd):
-    monkeypatch.chdir(chain.folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)   # no search on the hub
-    if not (chain.folder / "llama").exists():
-        damaged(chain.folder)
-        qwen_folder(chain.folder / "qwen", shard="9GB")
-    before = {f: f.stat().st_mtime_ns for f in (chain.runs / MAIN).iterdir()}
-    script, *flags = command.replace("MAIN", f"runs/tiny/{MAIN}").split()
-    script = tasks if script == "eval" else sys.modules[script]
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
-    with pytest.raises(SystemExit) as ended:
-        kit.launch(script.main, script.arguments())
-    said = capfd.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if "error:" in line]
+def test_chain_bad_input_is_one_clear_line(damaged_chain, refused, command, message):
+    main = damaged_chain.runs / MAIN
+    before = {f: f.stat().st_mtime_ns for f in main.iterdir()}
+    line = refused(command.replace("MAIN", f"runs/tiny/{MAIN}"))
     assert re.search(message, line), line
-    assert {f: f.stat().st_mtime_ns for f in (chain.runs / MAIN).iterdir()} == before
+    assert {f: f.stat().st_mtime_ns for f in main.iterdir()} == before      # nothing earlier lost
 
 
 CORPUS = ["--batch-tokens", "170"]
@@ -1902,14 +1919,14 @@ def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
     commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
                                          "exact", "grpo-token")}
     whole, rng, kills = chain.drive("whole", commands, base=False), random.Random(3), 0
-    while kills < 9:
+    while kills < 7:
         try:
             chain.drive("cut", commands, base=False, status=-9, kill=rng.randint(2, 55))
         except AssertionError:
             break
         kills += 1
     chain.drive("cut", commands, base=False)
-    assert kills > 5
+    assert kills > 4
     for stage in sorted((chain.folder / "whole/tiny").iterdir()):
         a, b = (load_file(chain.folder / root / "tiny" / stage.name / "model.safetensors")
                 for root in ("whole", "cut"))
@@ -1945,7 +1962,7 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
         return "500" if draw.random() < 0.25 else draw.choice(FAULTS) if attempt < 2 and \
             draw.random() < 0.3 else None
     server = FakeJudge(tasks.DIMENSIONS, fault)
-    for name, value in (("PAUSE", 0.01), ("TIMEOUT", 0.5)):
+    for name, value in (("PAUSE", 0.01), ("TIMEOUT", 3.0)):
         monkeypatch.setattr(tasks.Endpoint, name, value)
     monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
     train_rl.main(parsed(
@@ -1959,25 +1976,20 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
     assert not [f for f in files if b"s3cret" in f.read_bytes()]
 
 
-def test_chain_on_a_qwen_folder_with_the_users_own_files(chain):
+def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
     """Every missing predecessor is an error that prints its command: follow them all."""
-    if not (chain.folder / "qwen").exists():
-        qwen_folder(chain.folder / "qwen", shard="9GB")
-    todo = [["train_rl.py", "--model", "qwen", *chain.files, "--policy-layers", "1",
-             "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"]]
-    done = []
-    while todo:
-        script, *flags = todo[-1]
-        flags += RL if script == "train_rl.py" else []
-        said = chain.run(script, *flags, quick=True, status=None)
-        missing = re.search(r"unfinished; run first: python (.*)", said)
-        if missing:
-            assert "Traceback" not in said and len(todo) < 6
-            todo.append(shlex.split(missing[1]))
-        else:
-            assert "finished in" in said, said
-            done.append(todo.pop())
-    assert [command[0][6:-3] for command in done] == ["projector", "idm", "bc", "bc", "rl"]
+    todo = ["train_rl.py " + shlex.join([
+        "--model", "qwen", *chain.files, "--policy-layers", "1", "--idm-layers", "1", "--codes",
+        "16", "--run-root", str(chain.root), "--seed", "1"])]
+    while "projector" not in todo[-1]:
+        line = refused(todo[-1].replace(".py", "", 1))
+        todo.append(re.search(r"unfinished; run first: python (.*)", line)[1])
+    assert [command.split()[0] for command in todo[::-1]] == [
+        "train_projector.py", "train_idm.py", "train_bc.py", "train_bc.py", "train_rl.py"]
+    for command in todo[::-1]:
+        script, *flags = shlex.split(command)
+        assert "finished in" in chain.run(script, *flags, *(RL if "rl" in script else []),
+                                          quick=True)
     run = chain.root / "qwen" / "rl-task-grpo-latent-s1-codes16-idm1-policy1"
     config = json.loads((run / "config.json").read_text())
     assert config["args"]["paired"] == chain.files[1:3] and config["args"]["codes"] == 16
@@ -2200,13 +2212,14 @@ def benchmark(shape="medium", device="cpu", part=None):
     print(f"{shape} on {device}: {dict(zip(fields, SHAPES[shape]))}")
     print(f"one group: {G} answers of {NEW} tokens, prompt of {n} tokens, {IMAGE_TOKENS} of them "
           "image; 8 policy layers, 128 codes; medians, interleaved\n")
-    table = {}
-    for name, functions in parts.items():
-        median = timed(functions, rounds, device)
-        table[name] = {f"{k} (s)": v for k, v in median.items()} | {
-            "latent / usual": median["latent"] / median["token, usual"]}
-        if "token, ours" in median:
-            table[name]["latent / ours"] = median["latent"] / median["token, ours"]
+    medians = {name: timed(functions, rounds, device) for name, functions in parts.items()}
+    medians["rollout + update"] = {k: medians["rollout"][k] + medians["update"][k]
+                                   for k in medians["rollout"]}
+    paper, table = {"rollout": 1.13, "update": 0.86, "rollout + update": 1.08}, {}
+    for name, median in medians.items():
+        ratios = {f"latent / {k}": median["latent"] / median[k] for k in median if k != "latent"}
+        table[name] = {**{f"{k} (s)": v for k, v in median.items()}, **ratios,
+                       "latent / token, paper": paper.get(name)}
     print(kit.format_table("RL", table), "\n")
     del parts
     steps = {"ours": idm_step(shape, device), "padded to 2048": idm_step(shape, device, True)}

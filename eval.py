@@ -46,7 +46,7 @@ from PIL import Image, ImageDraw
 
 from model import (Agent, Parser, UserError, all_sum, atomic, format_table, gather, key_seed,
                    launch, open_image, rank, read_config, read_rows, rollout, say, text_positions,
-                   world)
+                   world_size)
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,8 @@ def task_flags(parser: Parser, of_run: bool = False):
     flag("--judge-prompt", None, "file with another judge prompt, see JUDGE_PROMPT in eval.py")
     flag("--judge-key", "JUDGE_API_KEY", "environment variable that holds the judge's key")
     flag("--judge-threads", 16, "judge calls at a time on each rank", type=int)
+    flag("--judge-extra", None, "JSON added to every request, for instance "
+                                """'{"chat_template_kwargs": {"enable_thinking": false}}'""")
     parser.flag("--judge-images", False, "send the pictures along, to a judge that can see")
     parser.section = stage
 
@@ -132,8 +134,8 @@ def load_task(args) -> Task:
     if args.task == "mini":
         # One fixed draw, so that all runs share its prompts; the tests were drawn anew (2, not 1)
         # when every setting had been chosen on validation prompts.
-        return mini_task(seed=1, test_seed=2)
-    if args.task in ("mmrole", "pcogalign"):
+        task = mini_task(seed=1, test_seed=2)
+    elif args.task in ("mmrole", "pcogalign"):
         if not args.task_root or not Path(args.task_root).is_dir():
             raise UserError(f"--task {args.task}: --task-root {args.task_root} is not a folder; "
                             "name the one that holds its published files")
@@ -144,8 +146,8 @@ def load_task(args) -> Task:
         raise UserError(f"--task {args.task}: neither a known task (mini, mmrole, pcogalign) nor "
                         "an existing file of rows")
     if args.judge_url:
-        task.judge = Endpoint(args, task.dimensions)
-    else:
+        task.judge, task.bounds = Endpoint(args, task.dimensions), BOUNDS
+    elif task.name != "mini":
         say(f"judge of {task.name}: word overlap with the reference (no --judge-url)")
         task.dimensions, task.bounds, task.lowest = ("Reference Overlap",), (0.0, 1.0), 0.0
     return task
@@ -813,6 +815,10 @@ class Endpoint:
         if constants.HF_HUB_OFFLINE:
             raise UserError("HF_HUB_OFFLINE is set, and with it the judge's client refuses to call "
                             "any address: unset it (a --model folder needs no hub)")
+        try:
+            self.extra = json.loads(args.judge_extra or "{}")
+        except ValueError as error:
+            raise UserError(f"--judge-extra: not valid JSON ({error})") from None
         self.template = JUDGE_PROMPT
         if args.judge_prompt:
             try:
@@ -865,7 +871,8 @@ class Endpoint:
 
     def __call__(self, rows: list[dict], answers: list[str]) -> list[str | None]:
         prompts = [self.messages(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        keys = [hashlib.sha256(json.dumps([self.model, p]).encode()).hexdigest() for p in prompts]
+        keys = [hashlib.sha256(json.dumps([self.model, self.extra, p]).encode()).hexdigest()
+                for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
         replies, tokens, reason = {}, 0, None
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
@@ -896,10 +903,12 @@ class Endpoint:
             pause = min(self.LONGEST, self.PAUSE * 2 ** attempt) * (0.5 + random.random())
             try:
                 out = self.client.chat_completion(messages, model=self.model, temperature=0.0,
-                                                  max_tokens=1024, seed=attempt)
-                reply = out.choices[0].message.content
+                                                  max_tokens=8192, seed=attempt,
+                                                  extra_body=self.extra)
+                reply = out.choices[0].message.content or ""
+                reply = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.S)
                 tokens += getattr(out.usage, "total_tokens", None) or 0
-                if parse_reply(reply or "", self.dimensions):
+                if parse_reply(reply, self.dimensions):
                     return reply, tokens, None
                 reason = "malformed replies"
                 continue                   # at once, with another seed
@@ -1040,16 +1049,18 @@ MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a 
 
 
 def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
-             seed: int, at_once: int = 256) -> tuple[list[list[str]], torch.Tensor]:
+             seed: int, tokens: int = 16384) -> tuple[list[list[str]], torch.Tensor]:
     """n answers to every row's prompt, this rank's share gathered on all ranks, and the counts of
-    the actions taken, (number of actions,). Seeds are keyed by row: no batch split matters."""
-    mine = list(range(rank(), len(rows), world()))
+    the actions taken, (number of actions,). Seeds are keyed by row: no batch split matters.
+    A batch's caches hold at most `tokens` tokens, or one prompt's."""
+    mine = list(range(rank(), len(rows), world_size()))
     counts = torch.zeros(agent.policy.head.out_features, dtype=torch.double)
-    answers, per_batch = {}, max(1, at_once // n)
-    for i in range(0, len(mine), per_batch):
-        part = mine[i:i + per_batch]
-        prompts = [agent.encoder.encode(rows[r], prompt=True) for r in part]
-        out = rollout(agent, prompts, n, max_new_tokens, temperature,
+    answers, prompts = {}, {r: agent.encoder.encode(rows[r], prompt=True) for r in mine}
+    mine.sort(key=lambda r: len(prompts[r]), reverse=True)
+    while mine:
+        fit = tokens // (n * (len(prompts[mine[0]]) + max_new_tokens))
+        part, mine = mine[:max(1, fit)], mine[max(1, fit):]
+        out = rollout(agent, [prompts[r] for r in part], n, max_new_tokens, temperature,
                       [key_seed(seed, "eval", rows[r]["id"]) for r in part])
         counts += torch.bincount(out.actions[out.mask], minlength=len(counts)).cpu()
         for j, r in enumerate(part):
@@ -1080,9 +1091,11 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
                 predictions.append({
                     "id": row["id"], "split": split, "mode": mode,
                     "prompt": row["messages"][:-1], "answers": group,
-                    "reference": row["reference"], "replies": replies[of_row]}
+                    "reference": row["reference"], "replies": replies[of_row],
+                    "scores": [task.scores(reply) for reply in replies[of_row]]}
                     | ({} if e is None else {"diversity": diversity(e[of_row])}))
             figures = summarise(task, predictions[-len(rows):])
+            figures["min_p"] = agent.min_p
             if agent.space == "latent":
                 figures |= code_usage(counts)
             table[f"{split} {mode}"] = figures
@@ -1135,8 +1148,8 @@ def gain_table(task: Task, before: list[dict], after: list[dict], seed: int = 0)
     return table
 
 
-REPORTED = ("reward", "deviation", "win_rate", "diversity", "distinct_2", "duplicates", "words",
-            "codes_used", "code_perplexity", "failed")
+REPORTED = ("min_p", "reward", "deviation", "win_rate", "diversity", "distinct_2", "duplicates",
+            "words", "codes_used", "code_perplexity", "failed")
 
 
 def arguments() -> Parser:
@@ -1209,10 +1222,11 @@ def main(args):
 
 
 def compare(summaries: dict[str, dict]) -> dict[str, dict]:
-    """Runs that differ in their seed alone (`-s<seed>` in the folder) as one row: mean (std)."""
+    """Runs of a model that differ in seed (`-s<seed>`) or run root alone as one row: mean (std)."""
     groups = {}
     for folder, table in summaries.items():
-        groups.setdefault(re.sub(r"-s\d+", "", Path(folder).name), []).append(table)
+        name = re.sub(r"-s\d+", "", Path(folder).name)
+        groups.setdefault(f"{Path(folder).parent.name}/{name}", []).append(table)
     rows = {}
     for name, tables in groups.items():
         row = {"seeds": len(tables)}

@@ -6,7 +6,7 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     runtime      errors for people, ranks, run folders, logs, atomic and exact checkpoints
     data         dialogue rows -> token tensors with explicit 3-D positions; resumable streams
     modules      CausalStack (inverse dynamics, policy), WorldModel, Projector; their losses' parts
-    Agent        the backbone and those modules: `states()`, `next_token()`, loading and saving
+    Agent        the backbone and those modules: `states()`, `next_token_logits()`, loading
     rollouts     one prompt pass for G answers, and the replay of answers from cached inputs
 
 Deviations from the paper or its released code, each because it is simpler, exact or faster:
@@ -85,6 +85,10 @@ class UserError(Exception):
     """A mistake outside the code: one line naming file, row and remedy; exit status 2."""
 
 
+class UnusableRow(UserError):
+    """A row that a corpus can do without: left out and counted there, an error elsewhere."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a `UserError`, so that every bad flag is one line as well."""
 
@@ -155,6 +159,14 @@ class Parser(argparse.ArgumentParser):
             value = getattr(args, name)
             if value < 0 or (value == 0 and name != "min_p") or (name == "lr" and value > 10):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+        for name in ("task", "task_root", "paired", "text", "image_root"):   # whatever the cwd
+            value = getattr(args, name, None)
+            if isinstance(value, list):
+                setattr(args, name, [os.path.abspath(v) for v in value])
+            elif value and os.path.exists(value) and value not in ("mini", "mmrole", "pcogalign"):
+                setattr(args, name, os.path.abspath(value))
+        if getattr(args, "save_every", 1) < 1:
+            raise UserError("--save-every must be at least 1")
         return args
 
     def fill(self, args) -> argparse.Namespace:
@@ -168,7 +180,7 @@ class Parser(argparse.ArgumentParser):
 PROPAGATED = ("model", "task", "task_root", "paired", "text", "image_root", "run_root", "seed",
               "dtype", "device", "codes", "idm_layers", "policy_layers", "no_text", "no_projector",
               "no_cycle", "judge_url", "judge_model", "judge_prompt", "judge_key",
-              "judge_threads", "judge_images")
+              "judge_threads", "judge_extra", "judge_images")
 
 
 def launch(main, parser: Parser):
@@ -205,7 +217,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -227,7 +239,7 @@ def gather(part: dict) -> dict:
     """The union of every rank's dict, on all ranks."""
     if not dist.is_initialized():
         return part
-    parts = [None] * world()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, part)
     return {k: v for p in parts for k, v in p.items()}
 
@@ -278,6 +290,7 @@ def optimizer_step(run: "Run", optimizers: list[torch.optim.Optimizer], row_ids:
         norms.append(nn.utils.clip_grad_norm_(params, clip))
     norm = torch.stack(norms).max().item()
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    run.skipped_all += run.skipped > 0
     if run.skipped:
         say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
     if run.skipped == 10:
@@ -312,8 +325,9 @@ def model_root(args) -> Path:
     return Path(args.run_root) / args.model.strip("/.").replace("/", "--")
 
 
-def folder_of(args, stage: str) -> Path:
-    return model_root(args) / (stage + variant(args) + (f"-{args.name}" if args.name else ""))
+def folder_of(args, stage: str, name: str = "") -> Path:
+    """A stage's folder; `name` is this run's own suffix, which predecessors do not carry."""
+    return model_root(args) / (stage + variant(args) + (f"-{name}" if name else ""))
 
 
 def task_tag(task: str) -> str:
@@ -334,9 +348,17 @@ def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> P
         if not (Path(args.parent) / "model.safetensors").exists():
             raise UserError(f"--parent {args.parent}: no finished run there (model.safetensors)")
         return Path(args.parent)
-    if (folder / "model.safetensors").exists():
-        return folder
     other = propagate(args, parser, **fixed)
+    if (folder / "model.safetensors").exists():
+        had = read_config(folder)["args"]
+        differing = [f"--{k.replace('_', '-')} {had.get(k)}, now {getattr(other, k)}"
+                     for k in ("task", "task_root", "paired", "text", "image_root")
+                     if getattr(other, k, None) is not None and had.get(k) != getattr(other, k)
+                     and not (k.startswith("task") and had.get(k) is None)]   # of no task
+        if differing:
+            raise UserError(f"{folder} was trained with other data ({'; '.join(differing)}); use "
+                            "another --run-root, or --parent with a run of your own")
+        return folder
     if args.model != "tiny":
         usual = parser.fill(parser.parse_args(["--model", args.model]))
         words = ["--model", args.model]
@@ -401,19 +423,21 @@ class Run:
                     "judge_threads")                            # these change no weight
 
     def __init__(self, args, folder: Path, script: str, parent: Path | None, **derived):
-        self.folder, self.skipped, self.started = Path(folder), 0, time.time()
+        self.folder, self.started = Path(folder), time.time()
+        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
         self.save_every = args.save_every
         if args.fresh and rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         barrier()
         self.finished = (self.folder / "model.safetensors").exists()
         self.config = {
-            "args": {k: v for k, v in vars(args).items()}, "derived": derived,
+            "args": dict(vars(args)), "derived": derived,
             "parent": os.path.relpath(parent, self.folder) if parent else None,
             "parent_hash": file_hash(parent / "model.safetensors") if parent else None,
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
             "git": _git_commit(), "script": script,
-            "script_hash": file_hash(Path(__file__).with_name(script)), "argv": sys.argv}
+            "script_hash": "-".join(file_hash(Path(__file__).with_name(f))
+                                    for f in ("model.py", "eval.py", script)), "argv": sys.argv}
         config_file = self.folder / "config.json"
         if config_file.exists():
             self._check_same(read_config(self.folder))
@@ -445,7 +469,8 @@ class Run:
             raise UserError(f"{self.folder} was started with other arguments ({shown}); "
                             "use --name for a variant or --fresh to redo it")
         if old["script_hash"] != self.config["script_hash"]:
-            say(f"warning: {self.config['script']} has changed since {self.folder} was started")
+            say(f"warning: {self.config['script']}, model.py or eval.py has changed since "
+                f"{self.folder} was started")
 
     def steps(self, total: int, modules: dict[str, nn.Module], optimizers: list,
               streams: dict[str, "Stream"] = {}, extra: dict = {}):
@@ -466,9 +491,11 @@ class Run:
     def log(self, row: dict, shown: str):
         """Append one step's row to log.jsonl (rank 0), numbers rounded to 7 digits, with the
         step's seconds and the peak memory; `shown` goes to the progress bar."""
-        row = {**row, "seconds": time.time() - self.began, "peak_memory": peak_memory()}
-        self._append("log.jsonl", [{k: float(f"{v:.7g}") if isinstance(v, float) else v
-                                    for k, v in row.items()}])
+        row = {**row, "skipped": self.skipped_all, "seconds": time.time() - self.began,
+               "peak_memory": peak_memory()}
+        self._append("log.jsonl", [{
+            k: v if not isinstance(v, float) else float(f"{v:.7g}") if math.isfinite(v) else None
+            for k, v in row.items()}])
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
@@ -499,7 +526,7 @@ class Run:
             logs = {name: (self.folder / name).stat().st_size for name in LOGS
                     if (self.folder / name).exists()}
             state = {"step": step, "cursors": {k: s.cursor for k, s in streams.items()},
-                     "extra": extra, "logs": logs, "skipped": self.skipped,
+                     "extra": extra, "logs": logs, "skipped": [self.skipped, self.skipped_all],
                      "modules": {k: trained_state(m) for k, m in modules.items()},
                      "optimizers": [o.state_dict() for o in optimizers]}
             atomic(self.folder / "state" / "last.pt", lambda p: torch.save(state, p))
@@ -520,7 +547,7 @@ class Run:
             for name, stream in streams.items():
                 stream.cursor = state["cursors"][name]
             extra.update(state["extra"])
-            self.skipped = state["skipped"]
+            self.skipped, self.skipped_all = state["skipped"]
             say(f"continuing {self.folder} at step {state['step']}")
         for name in LOGS:
             if rank() == 0 and (self.folder / name).exists():
@@ -560,8 +587,11 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _git_commit() -> str | None:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                          text=True, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+    except OSError:                                 # git is not installed
+        return None
     return done.stdout.strip() or None
 
 
@@ -596,7 +626,8 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
     elif "messages" in raw:
         messages = raw["messages"]
     elif isinstance(raw.get("text"), str):
-        messages = [{"role": "assistant", "content": raw["text"]}]
+        # In web text `<image>` is a tag of its own and no place for a picture.
+        messages = [{"role": "assistant", "content": raw["text"].replace("<image>", "<img>")}]
     else:
         raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Data")
     images = raw.get("images", raw.get("image")) or []
@@ -745,11 +776,6 @@ class Batch:
         return torch.arange(self.tokens.shape[1],
                             device=self.ids.device) < self.text_lengths[:, None]
 
-    @property
-    def text_positions(self) -> Tensor:
-        """(B, M) plain positions 0, 1, ... of the text tokens."""
-        return text_positions(self.tokens)
-
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
         at = self.targets[:, :-1]
@@ -799,7 +825,7 @@ class Encoder:
         where = row.get("where", f"row {row['id']}")
         for token in self.reserved:
             if any(token in m["content"] for m in row["messages"]):
-                raise UserError(f"{where}: its text contains a literal {token}; remove it")
+                raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
         messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
                     for m in row["messages"]]
         if prompt and messages[-1]["role"] == "assistant":
@@ -909,10 +935,14 @@ class Stream:
             yield from read_rows(self.source, self.image_root, start)
 
     def _fit(self, row: dict) -> Example | None:
-        """The row within `max_tokens`: cut at a message boundary, or None if nothing remains."""
+        """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
         if id(row) in self.encoded:
             return self.encoded[id(row)]
-        example, messages = self.encoder.encode(row), list(row["messages"])
+        messages = list(row["messages"])
+        try:
+            example = self.encoder.encode(row)
+        except UnusableRow:
+            return None
         while len(example) > self.max_tokens and len(messages) > 1:
             messages.pop()
             if messages[-1]["role"] == "assistant":
@@ -937,15 +967,16 @@ class Stream:
             return self._load_block()
         self.next_start = end
         lengths = torch.zeros(len(rows), dtype=torch.long)
-        for n in range(rank(), len(rows), world()):
+        for n in range(rank(), len(rows), world_size()):
             example = self._fit(rows[n])
             lengths[n] = 0 if example is None else len(example)
         lengths = all_sum(lengths).long().tolist()
         rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
         kept = [n for n in range(len(rows)) if lengths[n]]
         if len(kept) < len(rows):
-            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows exceed {self.max_tokens} "
-                "tokens without a message boundary to cut at: left out")
+            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows left out: they exceed "
+                f"{self.max_tokens} tokens without a message boundary to cut at, or contain a "
+                "literal special token")
         rng.shuffle(kept)
         kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order
         self.batches, total = [[]], 0
@@ -965,7 +996,7 @@ class Stream:
             self._load_block()
         rows = self.batches[self.cursor["batch"]]
         self.cursor = {**self.cursor, "batch": self.cursor["batch"] + 1}
-        return [self._fit(row) for row in rows[rank()::world()]]
+        return [self._fit(row) for row in rows[rank()::world_size()]]
 
 
 def micro_batches(examples: list[Example], tokens: int = 16384) -> list[list[Example]]:
@@ -1342,7 +1373,11 @@ class Agent(nn.Module):
         """Load what `folder` and its parents trained, the nearest last; frozen until asked for."""
         config, path = read_config(folder), Path(folder) / "model.safetensors"
         if config["parent"]:
-            self.load_run(Path(folder) / config["parent"], skip)
+            parent = Path(folder) / config["parent"]
+            self.load_run(parent, skip)
+            if file_hash(parent / "model.safetensors") != config["parent_hash"]:
+                raise UserError(f"{folder}: was trained on an earlier {parent.name}, which has "
+                                "been redone since; redo this run as well (--fresh)")
         if not path.exists():
             raise UserError(f"{folder}: is not a finished run (no model.safetensors)")
         if config["derived"]["base"] != self.base_hash:
@@ -1477,8 +1512,10 @@ class Agent(nn.Module):
             return self
         actor = copy.copy(self)
         actor._modules = {name: module if name == "backbone" or module is None
-                          else copy.deepcopy(module).to(self.dtype)
-                          for name, module in self._modules.items()}
+                          else copy.deepcopy(module) for name, module in self._modules.items()}
+        for name, module in actor._modules.items():
+            for p in module.parameters() if module is not None and name != "backbone" else ():
+                p.data = p.data.to(self.dtype)      # not the rotary frequencies, which stay fp32
         return actor
 
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
@@ -1576,7 +1613,7 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     stop_ids = actor.encoder.stop_ids.to(device)
 
     # Prefill: the frozen trunk and the policy over each prompt, once.
-    cache, policy_cache = KVCache(T), None
+    cache = KVCache(T)
     if token_space:
         prompt = actor.trunk(actor.embed(batch), batch.positions, cache)
         positions, lengths = batch.positions, batch.lengths

@@ -186,8 +186,8 @@ def test_a_predecessor_runs_as_the_user_would_run_it_alone(tmp_path, fixed):
 def test_folders_of_variants_never_collide():
     names = {kit.folder_of(parsed(train_idm, *flags), "idm") for flags in (
         [], ["--codes", "16"], ["--idm-layers", "1"], ["--policy-layers", "1"], ["--no-text"],
-        ["--no-projector"], ["--no-cycle"], ["--name", "x"], ["--model", "org/x"])}
-    assert len(names) == 9 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
+        ["--no-projector"], ["--no-cycle"], ["--model", "org/x"])}
+    assert len(names) == 8 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
 
 
 def fresh_run(folder, *flags):
@@ -217,9 +217,9 @@ def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path, capsy
         optimizer.step()
     assert torch.equal(layer.weight, other.weight)  # fails if the optimiser's state is not loaded
     config = tmp_path / "run/config.json"
-    config.write_text(re.sub(r'"script_hash": "\w+"', '"script_hash": "0"', config.read_text()))
+    config.write_text(re.sub(r'"script_hash": "[^"]+"', '"script_hash": "0"', config.read_text()))
     fresh_run(tmp_path)
-    assert "train_projector.py has changed since" in capsys.readouterr().out
+    assert "eval.py has changed since" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"lr: 0.002 -> 0.5.*--name.*--fresh"):
         fresh_run(tmp_path, "--lr", "0.5")
     run.finish({"m": other})
@@ -441,7 +441,9 @@ def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
     (got,) = stream([{"id": "cut", "images": [picture()], "messages": turns}, huge]).next()
     (want,) = examples([{"id": "cut", "images": [], "messages": turns[:2]}])
     assert torch.equal(got.ids, want.ids) and got.images == []
-    assert "1 of 2 rows exceed" in capsys.readouterr().out
+    assert "1 of 2 rows left out" in capsys.readouterr().out
+    rows = [row("What is <|endoftext|>?"), parse({"text": "<image> x", "id": "f:1"})]
+    assert [e.id for e in stream(rows).next()] == ["f:1"]   # a corpus can do without the first
     same = stream([{**r, "id": "same"} for r in text_rows(3)]).next()   # fails if cached by id
     assert len({tuple(e.ids.tolist()) for e in same}) == 3
     s = stream(text_rows(21), hold_out=3)           # at most a tenth of the corpus
@@ -740,6 +742,25 @@ def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
         assert rollout(agent, [prompt], 3, 10, 0.7, [50 + i]).texts != one.texts
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")         # rms_norm of bf16 with fp32 weights
+@pytest.mark.parametrize("space", ["latent", "token"])
+def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
+    """As on a GPU: backbone and rollout in bf16, fp32 weights under autocast in the update. Fails
+    if the rollout's copies have their rotary frequencies in bf16 too."""
+    agent = copy.deepcopy(tiny_agent(space))
+    agent.backbone.to(torch.bfloat16)
+    for layer in agent.policy.layers:               # attention that depends on the position
+        layer.self_attn.q_proj.weight.data *= 4
+        layer.self_attn.k_proj.weight.data *= 4
+    prompt = agent.encoder.encode(row("<image>" + "tell me more " * 150, None, [picture()]), True)
+    r = rollout(agent, [prompt], 2, 8, 1.0, [0])
+    with agent.autocast():
+        h = replay(agent.policy, r)[r.mask]
+        logps = action_statistics(agent.policy, h, r.actions[r.mask], 1.0,
+                                  agent.token_bias if space == "token" else None)[0]
+    assert len(prompt) > 400 and (logps - r.logps[r.mask]).abs().max() < 0.05
+
+
 # ---- eval.py ---------------------------------------------------------------------------------
 
 
@@ -776,8 +797,10 @@ def test_metrics_by_hand():
         lcs[i + 1][j + 1] = lcs[i][j] + 1 if a[i] == b[j] else max(lcs[i][j + 1], lcs[i + 1][j])
     assert tasks.common_length(a, b) == lcs[-1][-1]
     runs = {f"runs/rl-x-s{k}": {"id": {"reward": r}} for k, r in ((0, 0.5), (1, 0.7), ("0-b", 0.1))}
-    assert tasks.compare(runs) == {"rl-x": {"seeds": 2, "id": "0.600 (0.141)"},
-                                   "rl-x-b": {"seeds": 1, "id": "0.100"}}
+    runs |= {k.replace("runs", "more/other"): v for k, v in runs.items() if k.endswith("s0")}
+    assert tasks.compare(runs) == {"runs/rl-x": {"seeds": 2, "id": "0.600 (0.141)"},
+                                   "other/rl-x": {"seeds": 1, "id": "0.500"},
+                                   "runs/rl-x-b": {"seeds": 1, "id": "0.100"}}
 
 
 def test_summaries_leave_out_failures_and_count_zeros():
@@ -1314,7 +1337,7 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     states, (at, targets) = agent.states(batch), batch.labelled()
     codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
     code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, "clone")
-    logits = agent.policy(states, batch.text_positions)[:, :-1][at]     # at t, not t + 1
+    logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
     x = agent.world(states[:, :-1][at], agent.codebook(codes))
     close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
     close(token_loss, F.cross_entropy(agent.backbone.lm_head(x), targets, reduction="none"), 1e-4)
@@ -1643,7 +1666,7 @@ class Chain:
             r["messages"].append({"role": "assistant", "content": "the a s e o " * (i % 5 + 1)})
         self.files = ["--paired", write(folder / "p.jsonl", paired[:6]),
                       write(folder / "q.json", paired[6:]),
-                      "--text", write(folder / "t.jsonl.gz", text_rows(12)), "--task", self.task]
+                      "--text", write(folder / "t.jsonl.gz", text_rows(12))]
         qwen_folder(folder / "qwen", shard="9GB")
         (folder / "quick.py").write_text(QUICK)
         (folder / "driver.py").write_text(DRIVER)
@@ -1667,6 +1690,9 @@ class Chain:
             shutil.copytree(self.runs / "base", self.folder / root / "tiny" / "base")
         common = [*self.files, "--run-root", root, "--steps", "2", "--lr", "1e-2", "--device",
                   "cpu", "--save-every", "1", "--idm-layers", "1", "--policy-layers", "1"]
+        commands = {name: (script, flags if script in ("train_projector", "train_idm") else
+                           [*flags, "--task", self.task])
+                    for name, (script, flags) in commands.items()}
         setup |= {"commands": commands, "common": common, "record": f"{root}.pt"}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), "driver.py",
@@ -1727,8 +1753,8 @@ def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, m
         args.steps = args.steps or 2
         return usual(self, args)
     monkeypatch.setattr(kit.Parser, "fill", fill)
-    train_rl.main(parsed(train_rl, *RL, *flags, *chain.files, "--steps", "1", "--device", "cpu",
-                         "--run-root", str(chain.root)))
+    train_rl.main(parsed(train_rl, *RL, *flags, *chain.files, "--task", chain.task, "--steps", "1",
+                         "--device", "cpu", "--run-root", str(chain.root)))
     tag = flags[0].replace("-", "")
     for row in chain.log(f"idm-{tag}"):
         assert {k for k in ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
@@ -1763,6 +1789,11 @@ def damaged(folder):
         (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
     (folder / "bad-empty.jsonl").write_text("")
     (folder / "bad-latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1") * 3)
+    (folder / "other").mkdir()
+    shutil.copy(folder / "task.jsonl", folder / "other")
+    shutil.copytree(folder / "runs/tiny" / MAIN, folder / "runs/tiny/stale")
+    config = folder / "runs/tiny/stale/config.json"
+    config.write_text(re.sub(r'"parent_hash": "\w+"', '"parent_hash": "0"', config.read_text()))
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
     for name, files in (("a", {"log.jsonl": ""}), ("b", {"config.json": "{"})):
@@ -1777,7 +1808,7 @@ BAD = [
     ("train_rl --algo ppo", "argument --algo: invalid choice: 'ppo'.*choose from"),
     ("train_rl --lr much", "argument --lr: invalid float value"),
     ("train_idm --codes 0", "--codes 0 is out of range"),
-    ("train_rl --group-size 1", "--group-size 1.*use --scale none"),
+    ("train_rl --group-size 1", "--group-size 1.*take at least 2"),
     ("train_rl --prompts 0", "--prompts must be positive"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
     ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
@@ -1791,10 +1822,10 @@ BAD = [
     (f"{PAIRED} bad-keys.jsonl", "bad-keys.jsonl:2: no `messages`.*see README"),
     (f"{PAIRED} bad-none.jsonl", "bad-none.jsonl:2: `messages` is empty"),
     (f"{PAIRED} bad-roles.jsonl", "bad-roles.jsonl:2: role 'tool' is not system, user"),
-    (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image no.png is missing.*--image-root"),
-    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: cut.png is truncated.*remove the row"),
-    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: bomb.png is not a usable.*remove the row"),
-    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: p.jsonl is not a usable image.*remove the row"),
+    (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image .*no.png is missing.*--image-root"),
+    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png is truncated.*remove the row"),
+    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png is not a usable.*remove the row"),
+    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl is not a usable image.*remove the row"),
     (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
@@ -1814,6 +1845,11 @@ BAD = [
      "a.png/x.*cannot be made.*--run-root"),
     ("train_projector --name halfa", "no config.json .half deleted.*--fresh"),
     ("train_projector --name halfb", "config.json cannot be used.*--fresh"),
+    ("train_rl --task other/task.jsonl", "trained with other data .--task.*or --parent"),
+    ("train_rl --parent runs/tiny/idm --task task.jsonl", "idm has no policy in latent space"),
+    ("train_projector --parent runs/tiny/idm --name bad", "--parent: the projectors start from"),
+    ("eval runs/tiny/stale", "stale: was trained on an earlier sft-task-latent.*redo this run"),
+    ("train_idm --save-every 0", "--save-every must be at least 1"),
     ("train_rl --steps 5 --task task.jsonl", "other arguments.*steps: 4 -> 5.*--name.*--fresh"),
 ]
 
@@ -1873,13 +1909,12 @@ def recorded(chain):
     return chain.drive("one", COMMANDS)
 
 
-@pytest.mark.parametrize("root,setup", [("two", {"ranks": 2}), ("micro", {"micro": True})])
-def test_chain_on_two_ranks_or_micro_batches_has_equal_gradients(chain, recorded, root, setup):
-    """Rows, prompts and images are shared out unevenly; fails if any denominator is local.
-    Each stage is redone from the same parents: the last first."""
-    shutil.copytree(chain.folder / "one", chain.folder / root)
+def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, recorded):
+    """Rows, prompts and images are shared out unevenly, in micro-batches of one row or group;
+    fails if any denominator is local. Each stage starts from the same parents: the last first."""
+    shutil.copytree(chain.folder / "one", chain.folder / "two")
     commands = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in COMMANDS.items()}
-    other = chain.drive(root, dict(reversed(commands.items())), **setup)
+    other = chain.drive("two", dict(reversed(commands.items())), ranks=2, micro=True)
     for stage in COMMANDS:
         if stage == "grpo-all":                     # no loss, so no step: nothing but a count
             continue
@@ -1889,7 +1924,8 @@ def test_chain_on_two_ranks_or_micro_batches_has_equal_gradients(chain, recorded
     logs = sorted((chain.folder / "one/tiny").glob("*/log.jsonl"))
     assert len(logs) == len(COMMANDS)
     for log in logs:
-        one, two = (chain.log(log.parent.name, chain.folder / r / "tiny")[0] for r in ("one", root))
+        one, two = (chain.log(log.parent.name, chain.folder / root / "tiny")[0]
+                    for root in ("one", "two"))
         assert one.keys() == two.keys()
         for key in one:
             assert one[key] == pytest.approx(two[key], rel=1e-5, abs=2e-6), (log.parent.name, key)
@@ -1919,7 +1955,7 @@ def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
     commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
                                          "exact", "grpo-token")}
     whole, rng, kills = chain.drive("whole", commands, base=False), random.Random(3), 0
-    while kills < 7:
+    while kills < 6:
         try:
             chain.drive("cut", commands, base=False, status=-9, kill=rng.randint(2, 55))
         except AssertionError:
@@ -1979,7 +2015,7 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
 def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
     """Every missing predecessor is an error that prints its command: follow them all."""
     todo = ["train_rl.py " + shlex.join([
-        "--model", "qwen", *chain.files, "--policy-layers", "1", "--idm-layers", "1", "--codes",
+        "--model", "qwen", *chain.files, "--task", chain.task, "--policy-layers", "1", "--idm-layers", "1", "--codes",
         "16", "--run-root", str(chain.root), "--seed", "1"])]
     while "projector" not in todo[-1]:
         line = refused(todo[-1].replace(".py", "", 1))

@@ -29,18 +29,17 @@ import eval as tasks
 import train_idm
 from model import (Agent, Batch, Parser, Run, Stream, UserError, all_sum, cosine, folder_of,
                    key_seed, launch, optimizer_step, require, say, set_lr, task_tag,
-                   token_logprobs)
-from train_projector import corpora, ensure_base, next_batches
+                   text_positions, token_logprobs)
+from train_projector import corpora, ensure_base, held_batches, next_batches
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # (tiny, full scale) of each kind of cloning; the full-scale ones are the release's.
-SIZED = {"bc": {"steps": (200, 160), "lr": (1e-3, 1e-4), "batch_tokens": (2048, 8192)},
-         "clone": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
-         "release": {"steps": (40, 300), "lr": (2e-4, 5e-5), "batch_tokens": (2048, 8192)},
-         "token": {"steps": (40, 300), "lr": (1e-4, 5e-5), "batch_tokens": (2048, 8192)}}
+SIZED = {kind: {"steps": steps, "lr": lr, "batch_tokens": (2048, 8192)} for kind, steps, lr in (
+    ("bc", (200, 160), (1e-3, 1e-4)), ("clone", (40, 300), (2e-4, 5e-5)),
+    ("release", (40, 300), (2e-4, 5e-5)), ("token", (40, 300), (1e-4, 5e-5)))}
 TRAINED = {"bc": ["policy"], "clone": ["policy", "world"], "release": ["backbone"],
            "token": ["policy"]}
 
@@ -94,13 +93,13 @@ def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor,
         if kind == "release":
             states = agent.project(agent.embeddings(batch), batch.has_image)
             with torch.no_grad():
-                codes = agent.policy(states, batch.text_positions)[:, :-1][at].argmax(-1)
+                codes = agent.policy(states, text_positions(states))[:, :-1][at].argmax(-1)
             x = agent.world(states[:, :-1][at], agent.codebook(codes))
             logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
             return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
         states = agent.states(batch)
         codes = idm_codes(agent, states, at)
-        logits = agent.policy(states, batch.text_positions)[:, :-1][at]
+        logits = agent.policy(states, text_positions(states))[:, :-1][at]
         code_loss = cloning_loss(logits, codes)
         token_loss = torch.zeros_like(code_loss)
         if kind == "clone":
@@ -114,41 +113,45 @@ def bc_report(agent: Agent, held: dict[str, list], positions: int = 256) -> dict
     """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
     model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on up to `positions` tokens.
     """
-    report = {}
+    report, n = {}, agent.structure["codes"]
     for name, examples in held.items():
-        batch = agent.encoder.collate(examples).to(agent.device)
-        at, targets = batch.labelled()
-        e = agent.embeddings(batch)
-        states = agent.project(e, batch.has_image)
-        with agent.autocast():
-            logits = agent.policy(states, batch.text_positions)[:, :-1][at].float()
-        hits = logits.argmax(-1) == idm_codes(agent, states, at)
-        some = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+        parts = []
+        for batch in held_batches(agent, examples):
+            at, targets = batch.labelled()
+            e = agent.embeddings(batch)
+            states = agent.project(e, batch.has_image)
+            with agent.autocast():
+                logits = agent.policy(states, text_positions(states))[:, :-1][at].float()
+            parts.append((e[:, :-1][at], states[:, :-1][at], logits,
+                          idm_codes(agent, states, at), targets))
+        e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
+        hits, taken = logits.argmax(-1) == codes, logits.argmax(-1)
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         some = some[:positions].to(agent.device)
-        s, x, n = states[:, :-1][at][some], targets[some], agent.structure["codes"]
+        e, s, x = e[some], s[some], x[some]
         with agent.autocast():
             given = torch.stack([token_logprobs(
                 agent.backbone.lm_head,
                 agent.world(s, agent.codebook.weight[a].expand_as(s)).to(s.dtype), x)
                 for a in range(n)], -1)                                       # (positions, |C|)
         mixture = torch.logsumexp(F.log_softmax(logits[some], -1) + given, -1)
-        base = token_logprobs(agent.backbone.lm_head, e[:, :-1][at][some], x)
+        base = token_logprobs(agent.backbone.lm_head, e, x)
         report[name] = {"accuracy": hits.float().mean().item(),
                         "policy x world": -mixture.mean().item(), "base": -base.mean().item(),
-                        **tasks.code_usage(torch.bincount(logits.argmax(-1), minlength=n))}
+                        **tasks.code_usage(torch.bincount(taken, minlength=n))}
     return report
 
 
-def folder(args) -> Path:
+def folder(args, name: str = "") -> Path:
     """Where this kind of cloning is kept: bc/, sft-<task>-<space>/, sft-<task>-latent-release/."""
     kind = kind_of(args)
     space = {"bc": "", "clone": "latent", "release": "latent-release", "token": "token"}[kind]
-    return folder_of(args, "bc" if kind == "bc" else f"sft-{task_tag(args.task)}-{space}")
+    return folder_of(args, "bc" if kind == "bc" else f"sft-{task_tag(args.task)}-{space}", name)
 
 
 def ensure(args, **wanted) -> Path:
     """The finished run that `wanted` (stage, action_space, sft) calls for."""
-    other = argparse.Namespace(**{**vars(args), "name": "", **wanted})
+    other = argparse.Namespace(**{**vars(args), **wanted})
     return require(args, folder(other), "train_bc.py", main, arguments(), **wanted)
 
 
@@ -156,8 +159,12 @@ def main(args):
     kind = kind_of(args)
     if kind == "bc":
         parent = train_idm.ensure(args)
+        args.task = args.task_root = None          # shared by all tasks
     elif kind == "token":
-        parent = ensure_base(args)
+        if args.parent:
+            raise UserError("--parent: the token baseline starts from the base alone")
+        parent = None
+        ensure_base(args)
     else:
         parent = ensure(args, stage="bc")
     if kind == "release":
@@ -169,8 +176,8 @@ def main(args):
         agent.make_token_policy()
     elif kind == "bc":
         agent.make("policy", seed=args.seed)
-    run = Run(args, folder(args), "train_bc.py", parent, space=agent.space, base=agent.base_hash,
-              mini=tasks.mini_hash())
+    run = Run(args, folder(args, args.name), "train_bc.py", parent, space=agent.space,
+              base=agent.base_hash, mini=tasks.mini_hash())
     if run.finished:
         return
     if kind == "bc":
@@ -205,7 +212,7 @@ def main(args):
                 f"code {code_ce:.3f} token {token_ce:.3f} hits {accuracy:.2f}")
     if kind == "bc":
         run.report("policy, held out", bc_report(agent, held))
-    else:
+    elif task.splits["valid"]:
         table, samples = tasks.evaluate(agent.eval(), task, {"valid": task.splits["valid"]},
                                         seed=args.seed)
         run.report("reward, validation prompts", table)

@@ -25,7 +25,7 @@ import eval as tasks
 import train_projector
 from model import (Agent, Batch, Parser, Run, all_sum, cosine, folder_of, keyed_gumbel, launch,
                    optimizer_step, require, say, set_lr, token_logprobs)
-from train_projector import (corpora, ensure_base, next_batches, projector_counts,
+from train_projector import (corpora, ensure_base, held_batches, next_batches, projector_counts,
                              projector_losses, projector_report)
 
 import torch
@@ -79,31 +79,32 @@ def idm_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
     """Held-out cross-entropy of x_{t+1} given the IDM's noise-free code, beside the backbone's
     own, shuffled codes' and random codes'; codes in use, marginal perplexity, and code use of
     text-only rows without the projector ("text, no P": coverage)."""
-    report, n = {}, agent.structure["codes"]
-    for name, examples in held.items():
-        batch = agent.encoder.collate(examples).to(agent.device)
-        at, targets = batch.labelled()
-        e = agent.embeddings(batch)
-        variants = {name: agent.project(e, batch.has_image)}
-        if name == "text" and not agent.structure["no_projector"]:
-            variants["text, no P"] = e
-        for label, states in variants.items():
+    report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
+    labels = {name: name for name in held}
+    if "text" in held and agent.projector is not None:
+        labels["text, no P"] = "text"
+    for label, name in labels.items():
+        parts = []
+        for batch in held_batches(agent, held[name]):
+            at, targets = batch.labelled()
+            e = agent.embeddings(batch)
+            states = e if label != name else agent.project(e, batch.has_image)
             with agent.autocast():
                 codes = agent.idm_logits(states)[at].argmax(-1)
-            shuffle = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))
-            guess = torch.randint(n, codes.shape, generator=torch.Generator().manual_seed(0))
+            parts.append((e[:, :-1][at], states[:, :-1][at], codes, targets))
+        e, s, codes, targets = map(torch.cat, zip(*parts))                    # (K, ...) each
+        generator = torch.Generator().manual_seed(0)
+        shuffle, guess = torch.randperm(len(codes), generator=generator), \
+            torch.randint(n, codes.shape, generator=generator)
 
-            def ce(given):
-                with agent.autocast():
-                    x = agent.world(states[:, :-1][at], agent.codebook(given.to(codes.device)))
-                    return -token_logprobs(agent.backbone.lm_head, x.to(e.dtype),
-                                           targets).mean().item()
-            report[label] = {
-                "IDM": ce(codes), "shuffled": ce(codes[shuffle.to(codes.device)]),
-                "random": ce(guess),
-                "backbone": -token_logprobs(agent.backbone.lm_head, e[:, :-1][at],
-                                            targets).mean().item(),
-                **tasks.code_usage(torch.bincount(codes, minlength=n))}
+        def ce(given):
+            with agent.autocast():
+                x = agent.world(s, agent.codebook(given.to(s.device))).to(s.dtype)
+                return -token_logprobs(head, x, targets).mean().item()
+        report[label] = {
+            "IDM": ce(codes), "shuffled": ce(codes[shuffle.to(s.device)]), "random": ce(guess),
+            "backbone": -token_logprobs(head, e, targets).mean().item(),
+            **tasks.code_usage(torch.bincount(codes, minlength=n))}
     return report
 
 
@@ -119,7 +120,7 @@ def main(args):
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
     if parent:
         agent.load_run(parent)
-    run = Run(args, folder_of(args, "idm"), "train_idm.py", parent, base=agent.base_hash,
+    run = Run(args, folder_of(args, "idm", args.name), "train_idm.py", parent, base=agent.base_hash,
               mini=tasks.mini_hash())
     if run.finished:
         return

@@ -76,9 +76,8 @@ def cell_words(rows: list[dict], tokenizer) -> Tensor:
 
 def language_loss(agent: Agent, batch: Batch) -> Tensor:
     """Summed cross-entropy of every text token after a text token."""
-    e = agent.embeddings(batch)
-    at = batch.targets[:, :-1]
-    return -token_logprobs(agent.backbone.lm_head, e[:, :-1][at], batch.tokens[:, 1:][at]).sum()
+    (at, targets), e = batch.labelled(), agent.embeddings(batch)
+    return -token_logprobs(agent.backbone.lm_head, e[:, :-1][at], targets).sum()
 
 
 def ensure_base(args):
@@ -227,14 +226,23 @@ def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list]]
     return streams, {name: rows for name, rows in held.items() if rows}
 
 
+def held_batches(agent: Agent, examples: list):
+    """Held-out rows in batches of the training's size."""
+    for part in micro_batches(examples):
+        yield agent.encoder.collate(part).to(agent.device)
+
+
 @torch.no_grad()
 def projector_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
     """Mean squared error per dimension of P beside the identity's, of P', and of the cycle."""
     report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
     for name, examples in held.items():
-        batch = agent.encoder.collate(examples).to(agent.device)
-        e, e_t = agent.embeddings(batch), agent.text_embeddings(batch)
-        e, e_t = (x[batch.real if name == "text" else batch.seen_image].float() for x in (e, e_t))
+        parts = []
+        for batch in held_batches(agent, examples):
+            at = batch.real if name == "text" else batch.seen_image
+            parts.append([x[at].float() for x in (agent.embeddings(batch),
+                                                  agent.text_embeddings(batch))])
+        e, e_t = map(torch.cat, zip(*parts))                                  # (K, d) each
         report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
         if name != "text":
             report[name] |= {"P": F.mse_loss(P.mu(e_t), e).item(),
@@ -251,7 +259,9 @@ def ensure(args) -> Path:
 def main(args):
     ensure_base(args)
     agent = Agent.from_base(args).make("projector", seed=args.seed)
-    run = Run(args, folder_of(args, "projector"), "train_projector.py", None,
+    if args.parent:
+        raise UserError("--parent: the projectors start from the base alone")
+    run = Run(args, folder_of(args, "projector", args.name), "train_projector.py", None,
               base=agent.base_hash, mini=tasks.mini_hash())
     if run.finished:
         return

@@ -32,7 +32,7 @@ import eval as tasks
 import train_bc
 from model import (Agent, Parser, Rollout, Run, UserError, action_statistics, all_sum, folder_of,
                    gather, key_seed, launch, optimizer_step, rank, replay, rollout, say, set_lr,
-                   task_tag, world)
+                   task_tag, world_size)
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ ALGORITHMS = {
 }
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
-RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}   # of log ratios before any update
+RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}   # of log ratios before any update
 
 
 def arguments() -> Parser:
@@ -95,8 +95,8 @@ def arguments() -> Parser:
                 + parser.shown("min_p"), type=float)
     parser.flag("--inner-epochs", 1, "passes over each rollout batch")
     parser.flag("--minibatches", 1, "optimiser steps a pass")
-    parser.flag("--splits", ["id", "ood"], "evaluated before and after; tune on `valid`",
-                nargs="+", choices=tasks.SPLITS)
+    parser.flag("--splits", None, "evaluated before and after; none named: no evaluation "
+                "(default: valid, tiny id ood); tune on valid", nargs="*", choices=tasks.SPLITS)
     parser.flag("--save-every", 20, "steps between checkpoints and samples")
     return parser
 
@@ -113,15 +113,17 @@ def resolve_algorithm(args) -> Algorithm:
     for name in ("group_size", "prompts", "inner_epochs", "minibatches", "temperature"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
-    if args.group_size == 1 and algorithm.scale == "group":
-        raise UserError("--group-size 1 has no group deviation to scale by; use --scale none")
+    if args.group_size == 1:
+        raise UserError("--group-size 1: an answer's advantage is over the others of its group; "
+                        "take at least 2")
     if not 0 <= args.min_p < 1:
         raise UserError("--min-p must lie in [0, 1)")
     if args.min_p and args.action_space == "token":
         raise UserError("--min-p with --action-space token would sample from another support than "
                         "is scored; train without it and give it to eval.py")
-    if args.prompts < world():
-        raise UserError(f"--prompts {args.prompts} is less than the {world()} ranks; raise it")
+    if args.prompts < world_size():
+        raise UserError(f"--prompts {args.prompts} is less than the {world_size()} ranks; raise "
+                        "it")
     return algorithm
 
 
@@ -269,7 +271,8 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args, algorith
     began = time.time()
     prompts = [agent.encoder.encode(row, prompt=True) for row in rows]
     out = rollout(agent, prompts, args.group_size, args.max_new_tokens or task.max_new_tokens,
-                  args.temperature, [key_seed(*key, row["id"]) for row in rows])
+                  args.temperature, [key_seed(*key, place, row["id"])
+                                     for place, row in zip(places, rows)])
     rolled = time.time()
     each = [row for row in rows for _ in range(args.group_size)]
     rewards = [task.reward(reply) for reply in task.judge(each, out.texts)]
@@ -292,7 +295,7 @@ def collect(agent: Agent, task, prompts: Prompts, args, algorithm: Algorithm, st
     rounds, kept, played, seconds = [], [], 0, [0.0, 0.0]
     for attempt in range(1 + REFILLS * algorithm.dynamic_sampling):
         rows = prompts.next(args.prompts)
-        mine = list(range(rank(), len(rows), world()))
+        mine = list(range(rank(), len(rows), world_size()))
         judged, *spent = play(agent, task, [rows[i] for i in mine], [played + i for i in mine],
                               args, algorithm, (args.seed, "rl", step, attempt))
         seconds = [a + b for a, b in zip(seconds, spent)]
@@ -306,6 +309,8 @@ def collect(agent: Agent, task, prompts: Prompts, args, algorithm: Algorithm, st
         kept += [p for p in sorted(varies) if varies[p] or not algorithm.dynamic_sampling]
         if len(kept) >= args.prompts:
             break
+    if algorithm.dynamic_sampling and len(kept) < args.prompts:
+        say(f"note: step {step}: {played} groups played, {len(kept)} of {args.prompts} wanted vary")
     kept = kept[:args.prompts]
     for judged in rounds:
         judged.keep = [i for i, p in enumerate(judged.order) if p in kept]
@@ -324,11 +329,12 @@ def update(agent: Agent, reference, optimizer, run: Run, rounds: list[Judged], k
     means = gather({p: to_unit(r, task.bounds).nanmean().item() for j in rounds
                     for p, r in zip(j.order, j.shaped) if p in kept})
     all_p = torch.tensor([means[p] for p in sorted(means) if not math.isnan(means[p])])
-    figures, first_error, norms = torch.zeros(4, dtype=torch.double), None, []
+    figures, first_error, norms = torch.zeros(5, dtype=torch.double), None, []
     device = agent.device
     for epoch in range(args.inner_epochs):
         for minibatch in range(args.minibatches):
-            chosen = set(kept[minibatch::args.minibatches])
+            at = [len(kept) * k // args.minibatches for k in (minibatch, minibatch + 1)]
+            chosen = set(kept[slice(*at)])               # consecutive: spread over the ranks
             parts = []                                   # (rollout, advantages, loss mask)
             for j in rounds:
                 index = [i for i in j.keep if j.order[i] in chosen]
@@ -340,9 +346,11 @@ def update(agent: Agent, reference, optimizer, run: Run, rounds: list[Judged], k
                     parts.append((sub, A.view(-1).to(device), sub.mask & judged[:, None]))
             counts = all_sum(torch.tensor([sum(int(m.any(1).sum()) for *_, m in parts),
                                            sum(int(m.sum()) for *_, m in parts)]))
-            n_sequences, n_tokens = counts.clamp(min=1).tolist()
+            if not counts[1]:    # no step: AdamW's momentum alone would move the policy
+                continue
+            n_sequences, n_tokens = counts.tolist()
             if algorithm.aggregate == "local":
-                n_tokens = max(1, sum(int(m.sum()) for *_, m in parts)) * world()
+                n_tokens = max(1, sum(int(m.sum()) for *_, m in parts)) * world_size()
             for sub, A, mask in parts:
                 if not mask.any():
                     continue
@@ -364,23 +372,26 @@ def update(agent: Agent, reference, optimizer, run: Run, rounds: list[Judged], k
                     loss = loss + algorithm.beta * kl
                 weights = token_weights(algorithm.aggregate, mask.sum(1), n_sequences, n_tokens,
                                         max_new)
-                (loss * weights[which]).sum().backward()
+                loss = (loss * weights[which]).sum()
+                loss.backward()
                 log_ratio = (logps - sub.logps[mask]).detach()
                 clipped = (log_ratio.exp() < 1 - algorithm.clip_low) \
                     | (log_ratio.exp() > 1 + algorithm.clip_high)
-                figures += torch.stack([entropy.sum(), kl.sum(), clipped.sum(),
-                                        mask.sum()]).detach().cpu()
+                figures += torch.stack([entropy.sum(), kl.sum(), clipped.sum(), mask.sum(),
+                                        loss]).detach().cpu()
                 if not norms:                            # nothing has been updated yet
                     first_error = max(first_error or 0.0, log_ratio.abs().max().item())
             ids = [row["id"] for j in rounds for row in j.rows]
             norms.append(optimizer_step(run, [optimizer], ids))
     figures = all_sum(figures)
     entropy, kl, clipped = (figures[:3] / figures[3].clamp(min=1)).tolist()
+    loss_sum = figures[4].item()
     errors = gather({rank(): first_error or 0.0})
     if max(errors.values()) > RATIO_TOLERANCE[agent.dtype]:
         raise AssertionError(f"ratio is not 1 before the first update: {errors}; the rollout and "
                              "the update disagree")
-    return {"kl": kl, "entropy": entropy, "clip_fraction": clipped, "grad_norm": norms[-1],
+    return {"loss": loss_sum / max(1, len(norms)), "kl": kl, "entropy": entropy,
+            "clip_fraction": clipped, "grad_norm": norms[-1] if norms else 0.0,
             "ratio_error": max(errors.values())}
 
 
@@ -404,7 +415,7 @@ def step_figures(agent: Agent, rounds: list[Judged], kept: list[int], played: in
     mean, answers = total / n_judged, n_judged + failed
     figures = {"reward_mean": mean,
                "reward_std": math.sqrt(max(0.0, squares / n_judged - mean ** 2)),
-               "zero_variance": flat / played, "filtered": 1 - len(kept) / played,
+               "zero_variance": flat / played, "groups": len(kept), "groups_played": played,
                "judge_failed": int(failed), "length": length / answers, "unfinished": cut / answers,
                "distinct_answers": distinct / played, "tokens": int(length)}
     return figures | (tasks.code_usage(all_sum(codes)) if agent.space == "latent" else {})
@@ -414,14 +425,15 @@ def main(args):
     algorithm = resolve_algorithm(args)
     parent = train_bc.ensure(args, stage="sft", action_space=args.action_space, sft=args.sft)
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
-    if agent.space != args.action_space:
-        raise UserError(f"{parent} was trained in {agent.space} space, not {args.action_space}")
+    if agent.policy is None or agent.space != args.action_space:
+        raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
+                        "sft-* run")
     agent.min_p = args.min_p
     task = tasks.load_task(args)
     if not task.splits["rl"]:
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     folder = folder_of(args, f"rl-{task_tag(args.task)}-{args.algo}-{args.action_space}"
-                             f"-s{args.seed}")
+                             f"-s{args.seed}", args.name)
     run = Run(args, folder, "train_rl.py", parent, space=args.action_space,
               algorithm=vars(algorithm), base=agent.base_hash, mini=tasks.mini_hash())
     if run.finished:
@@ -429,7 +441,8 @@ def main(args):
     initial = copy.deepcopy(agent.policy)                     # the start, and the KL's reference
     reference = initial if algorithm.beta > 0 else None
     modules = agent.train_only("policy")
-    optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
+    optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)
     prompts = Prompts(task.splits["rl"], args.seed)
     for step in run.steps(args.steps, modules, [optimizer], {"prompts": prompts}):
         rounds, kept, played, (t_rollout, t_judge) = collect(agent, task, prompts, args, algorithm,
@@ -451,7 +464,9 @@ def main(args):
             run.sample([{"step": step, "prompt": shown.rows[0]["messages"][:-1], "answer": text,
                          "reward": None if math.isnan(reward) else reward} for text, reward in
                         zip(shown.rollout.texts, shown.rewards[0].tolist())])
-    splits = {name: task.splits[name] for name in args.splits if task.splits[name]}
+    wanted = args.splits if args.splits is not None else \
+        ["id", "ood"] if args.model == "tiny" else ["valid"]
+    splits = {name: task.splits[name] for name in wanted if task.splits[name]}
     if splits:
         say(f"evaluating the start and the trained policy on {sum(map(len, splits.values()))} "
             "fixed prompts")

@@ -138,7 +138,7 @@ def test_schedule_and_seeds():
 def test_atomic_leaves_the_old_file_when_the_disk_is_full(tmp_path, write_):
     kit.atomic(tmp_path / "x", lambda p: p.write_text("old"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))     # writing beyond it fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))     # fails if only OSError is caught
     try:
         with pytest.raises(UserError, match="cannot be written.*earlier files are intact"):
             kit.atomic(tmp_path / "x", lambda p: write_({"w": torch.zeros(9999)}, p))
@@ -234,7 +234,7 @@ def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path, capsy
 def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
     run, layer = fresh_run(tmp_path), nn.Linear(2, 1)
     optimizer, before = torch.optim.SGD(layer.parameters(), lr=1.0), layer.weight.clone()
-    with pytest.raises(UserError, match="ten non-finite.*row-7"):
+    with pytest.raises(UserError, match="ten non-finite.*row-7"):      # fails at twelve
         for _ in range(10):
             (layer(torch.ones(1, 2)) * math.nan).sum().backward()
             kit.optimizer_step(run, [optimizer], ["row-7"])
@@ -770,6 +770,7 @@ def test_parse_reply_and_reward():
     assert task.scores(good) == {"Fluency": (8, 9), "Tone": (7.5, 10)}
     assert task.reward(good) == 15.5 / 19           # the ratio of sums
     assert task.scores(f"Here you are.\n{good}\nThank you.") == task.scores(good)
+    # fails if a line may go on after its scores, or name a dimension twice
     quoted = good.replace("fine.", 'it says "[Scores]: (10, 1)".')
     assert task.scores(quoted) == task.scores(good)     # the last pair of its line
     for bad in ("", "Fluency: [Scores]: (8, 9)", good + "\nTone: again [Scores]: (10, 10)",
@@ -1379,7 +1380,7 @@ def test_beta_weights_by_hand_and_their_guards():
     r = torch.tensor([[0.1, 0.3], [0.4, 0.6], [0.8, 1.0]])
     p = r.mean(1)
     m, v = p.mean().item(), p.var().item()          # method of moments, then 1 + a/3, 1 + b/3
-    c = m * (1 - m) / v - 1
+    c = m * (1 - m) / v - 1                         # fails with alpha = 1 + a, without the third
     fit = torch.distributions.Beta(max(1, 1 + c * m / 3), max(1, 1 + c * (1 - m) / 3))
     want = (r - p[:, None]) / fit.log_prob(p).exp()[:, None]
     close(train_rl.advantages(r, "beta"), want, 1e-4)
@@ -1389,7 +1390,7 @@ def test_beta_weights_by_hand_and_their_guards():
               torch.ones(len(flat), 1))
     edge = torch.tensor([0.0, 0.5, 1.0, 0.4])
     w = train_rl.beta_weights(edge[:, None], edge)
-    assert w.isfinite().all() and w.max() <= 1e6
+    assert w.isfinite().all() and w.max() <= 1e6    # fails without the bound on 1 / pdf
     assert train_rl.advantages(torch.zeros(2, 3), "beta", all_p=edge).abs().max() == 0
 
 
@@ -1399,7 +1400,7 @@ def test_surrogate_kl_weights_and_overlong_by_hand():
     ratio, A = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
     new = ratio.log().requires_grad_()
     loss = train_rl.surrogate(new, torch.zeros(5), A, 0.2, 0.28)
-    close(loss, [-1.28, 1.5, -0.5, 0.8, -2.2])
+    close(loss, [-1.28, 1.5, -0.5, 0.8, -2.2])      # fails with one clip for both sides, or max
     close(gradients(loss.sum(), [new])[0], [0, 1.5, -0.5, 0, -2.2])     # clipped: no gradient
     close(train_rl.k3(torch.tensor([0.0, 0.3]), torch.tensor([0.5, 0.3])), [math.exp(.5) - 1.5, 0])
     p, q = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
@@ -1446,7 +1447,8 @@ def update(monkeypatch, r, rewards, algo, tokens_at_once=32768, drop=()):
 
 @pytest.mark.parametrize("algo", list(train_rl.ALGORITHMS))
 def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo):
-    """One failed judgement, one prompt dropped by DAPO; one full pass of the policy an answer."""
+    """One failed judgement, one prompt dropped by DAPO; one full pass of the policy an answer.
+    Fails if the failed answer stays in the mask, or if another term is aggregated otherwise."""
     r, drop = roll()[1], (2,) if algo == "dapo" else ()
     rewards = torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.2, 0.2]])
     got, figures, reference = update(monkeypatch, r, rewards, algo, drop=drop)
@@ -1508,7 +1510,7 @@ def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeyp
     for rewards, drop in ((torch.full((3, 3), NAN), ()), (torch.zeros(3, 3), (0, 1, 2))):
         figures = update(monkeypatch, r, rewards, "dapo", drop=drop)[1]
         assert all(map(math.isfinite, figures.values()))
-    r.logps = r.logps + 0.01                        # the rollout disagrees with the update
+    r.logps = r.logps + 0.01                        # fails if the ratio is not checked
     with pytest.raises(AssertionError, match="ratio is not 1"):
         update(monkeypatch, r, torch.rand(3, 3), "grpo")
 
@@ -1523,7 +1525,7 @@ def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
     want[4] = NAN
     close(j.rewards.view(-1).nan_to_num(-9), want.nan_to_num(-9))
     extra = train_rl.overlong_punishment(j.rollout.mask.sum(1), 10)
-    assert extra.min() < 0
+    assert extra.min() < 0                          # fails if it enters the task's reward
     close((j.shaped - j.rewards).view(-1)[~want.isnan()], extra[~want.isnan()])
 
 
@@ -1825,7 +1827,7 @@ BAD = [
     (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image .*no.png is missing.*--image-root"),
     (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png is truncated.*remove the row"),
     (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png is not a usable.*remove the row"),
-    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl is not a usable image.*remove the row"),
+    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl is not a usable image.*remove the"),
     (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
@@ -1939,19 +1941,20 @@ def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
     for stage in COMMANDS:
         changed = recorded[stage]["changed"]
         pattern = patterns.get(stage, r"policy\.(layers|norm|head)\.")
-        assert all(re.match(pattern, name) for name in changed), stage
+        assert all(re.match(pattern, name) for name in changed), stage     # fails if SFT trains C
         assert bool(changed) == (stage != "grpo-all"), stage
 
 
 def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
     some, none = (chain.log(f"rl-task-grpo-latent-s0-idm1-policy1-{name}",
                             chain.folder / "one/tiny") for name in ("some", "all"))
-    assert 0 < sum(r["judge_failed"] for r in some) < 24
+    assert 0 < sum(r["judge_failed"] for r in some) < 24    # fails if a failure counts as 0
     assert [r["judge_failed"] for r in none] == [12, 12] and none[0]["reward_mean"] == 0
 
 
 def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
-    """SIGKILL anywhere in any stage, the base's pre-training included, also inside a save."""
+    """SIGKILL anywhere in any stage, the base's pre-training included, also inside a save. Fails
+    without the optimisers' state, the data's cursors, the cut of the logs or the atomic rename."""
     commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
                                          "exact", "grpo-token")}
     whole, rng, kills = chain.drive("whole", commands, base=False), random.Random(3), 0
@@ -2015,8 +2018,8 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
 def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
     """Every missing predecessor is an error that prints its command: follow them all."""
     todo = ["train_rl.py " + shlex.join([
-        "--model", "qwen", *chain.files, "--task", chain.task, "--policy-layers", "1", "--idm-layers", "1", "--codes",
-        "16", "--run-root", str(chain.root), "--seed", "1"])]
+        "--model", "qwen", *chain.files, "--task", chain.task, "--policy-layers", "1",
+        "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"])]
     while "projector" not in todo[-1]:
         line = refused(todo[-1].replace(".py", "", 1))
         todo.append(re.search(r"unfinished; run first: python (.*)", line)[1])

@@ -1186,6 +1186,8 @@ def main(args):
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
         agent = Agent.from_run(folder, args.device, args.dtype)
+        if read_config(folder)["args"]["model"] == "tiny":
+            torch.set_num_threads(1)                # see train_rl.py
         if agent.policy is None:
             raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
         if args.min_p is not None:

@@ -737,17 +737,17 @@ def mrope_positions(ids: Tensor, grids: Tensor, image_token: int, merge: int) ->
     (tested), without its dependence on `mm_token_type_ids` and the cached deltas.
     """
     positions = torch.empty(3, len(ids), dtype=torch.long)
-    is_image = (ids == image_token).tolist()
-    t, p, n = 0, 0, 0
-    while t < len(ids):
-        if is_image[t]:
-            frames, h, w = grids[n, 0], grids[n, 1] // merge, grids[n, 2] // merge
-            place = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
-            positions[:, t:t + len(place)] = place.view(-1, 3).T + p
-            t, p, n = t + len(place), p + max(h, w), n + 1
-        else:
-            positions[:, t] = p
-            t, p = t + 1, p + 1
+    t = p = 0                                       # the next token and its position
+    for frames, height, width in grids.tolist():
+        h, w = height // merge, width // merge
+        start = t + int((ids[t:] == image_token).nonzero()[0])
+        positions[:, t:start] = torch.arange(p, p + start - t)
+        p += start - t
+        place = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
+        t = start + len(place)
+        positions[:, start:t] = place.view(-1, 3).T + p
+        p += max(h, w)
+    positions[:, t:] = torch.arange(p, p + len(ids) - t)
     return positions
 
 
@@ -843,13 +843,14 @@ class Encoder:
         if prompt and len(ids) > self.longest:
             raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
                             f"{self.longest}; shorten it (prompts are never cut)")
-        end, response, inside = self.stop_ids.tolist(), [False] * len(ids), False
+        end, response, k = set(self.stop_ids.tolist()), [False] * len(ids), len(self.turn)
         for t in range(len(ids)):
-            response[t] = inside
-            if inside and ids[t] in end:
-                inside = False
-            elif t and ids[max(0, t - len(self.turn)):t] == self.turn:  # ids[t] is the newline(s)
-                inside = True
+            if ids[t] == self.turn[0] and ids[t:t + k] == self.turn:
+                t += k + 1                          # beyond the newline(s), one token
+                while t < len(ids):
+                    response[t], t = True, t + 1
+                    if ids[t - 1] in end:
+                        break
         ids = torch.tensor(ids)
         positions = mrope_positions(ids, grids, self.image_token, self.merge)
         return Example(row["id"], where, ids, positions, ~torch.isin(ids, self.vision_ids),

@@ -424,6 +424,8 @@ def step_figures(agent: Agent, rounds: list[Judged], kept: list[int], played: in
 def main(args):
     algorithm = resolve_algorithm(args)
     parent = train_bc.ensure(args, stage="sft", action_space=args.action_space, sft=args.sft)
+    if args.model == "tiny":
+        torch.set_num_threads(1)              # single tokens of this size only lose time to threads
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "

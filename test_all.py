@@ -1,6 +1,6 @@
 """Tests, grouped by the file they test, fast ones first; the whole chain comes last.
 
-    python -m pytest -q test_all.py                     # everything, about 2 minutes on 2 cores
+    python -m pytest -q test_all.py                     # everything, about 4 minutes on 2 cores
     python -m pytest -q test_all.py -k "not chain"      # without the subprocess runs: seconds
 
 Expected values are worked by hand or by brute force; `# fails if` names a slip that a test is
@@ -908,6 +908,13 @@ def test_file_task_splits_and_overlap(tmp_path):
     for bad, match in (({**rows[1], "split": "test"}, "split 'test'"), (asks(), "last message")):
         with pytest.raises(UserError, match=f"jsonl:2.*{match}"):
             file_task(write(tmp_path / "bad.jsonl", [rows[2], bad]))
+    for n in range(2):
+        rows[n]["dimensions"] = ["Wit", "Rhyme"]
+    assert tasks.file_task(write(tmp_path / "two.jsonl", rows[:2])).dimensions == ("Wit", "Rhyme")
+    assert tasks.file_task(write(tmp_path / "own.jsonl", rows[2:4])).dimensions == tasks.DIMENSIONS
+    rows[1]["dimensions"] = ["Wit"]
+    with pytest.raises(UserError, match="jsonl:2: `dimensions` must be the same"):
+        tasks.file_task(write(tmp_path / "two.jsonl", rows[:2]))
     with pytest.raises(UserError, match="neither a known task"):
         file_task("nothing")
 
@@ -2047,7 +2054,8 @@ SHAPES = {      # width, layers, heads, kv heads, MLP width, vocabulary, vision 
     "tiny": (128, 3, 4, 2, 320, 1_024, 2, 64),
     "medium": (256, 16, 4, 2, 688, 32_000, 4, 128),
     "3b-deep": (128, 36, 4, 2, 688, 9_496, 4, 80),          # 3B's depth, widths / 16
-    "3b": (2048, 36, 16, 2, 11_008, 151_936, 32, 1280)}
+    "3b": (2048, 36, 16, 2, 11_008, 151_936, 32, 1280),
+    "7b": (3584, 28, 28, 4, 18_944, 152_064, 32, 1280)}
 G, NEW, IMAGE_TOKENS, PROMPT = 8, 64, 150, 256
 
 
@@ -2114,6 +2122,38 @@ def usual_inputs(agent, prompt, copies):
                 pixel_values=pixels.repeat(copies, 1),
                 image_grid_thw=prompt.grids.repeat(copies, 1).to(agent.device),
                 mm_token_type_ids=(ids == agent.encoder.image_token).int())
+
+
+def machine_limits(device, dtype):
+    """(bytes/s, FLOP/s) that this machine reaches in a large copy and in a large product."""
+    n = 2 ** 28 if device == "cuda" else 2 ** 25
+    a, b = (torch.empty(n, device=device) for _ in range(2))
+    m = 8192 if device == "cuda" else 1024
+    x = torch.randn(m, m, device=device, dtype=dtype)
+    seconds = timed({"copy": lambda: b.copy_(a), "product": lambda: x @ x}, 5, device)
+    return 8 * n / seconds["copy"], 2 * m ** 3 / seconds["product"]
+
+
+def utilisation(shape, device, seconds_rollout, seconds_idm, idm_tokens):
+    """Decode against the bandwidth limit, IDM step against the peak of products: one table.
+
+    A decode step reads every weight it uses once for all answers; a training token costs 2 FLOPs
+    a weight in the frozen backbone, 6 where it trains and 8 in the head, which is recomputed.
+    """
+    agent = benchmark_agent(shape, device)
+    def size(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    text, head = agent.backbone.model.language_model, agent.backbone.lm_head
+    layers = size(text.layers)
+    step = (layers + size(head) + size(agent.policy, agent.world)) \
+        * (2 if agent.dtype == torch.bfloat16 else 4)
+    bandwidth, peak = machine_limits(device, agent.dtype)
+    flops = idm_tokens * (2 * layers + 6 * size(agent.idm, agent.world) + 8 * size(head))
+    return {"latent decode": {"tokens/s": G * NEW / seconds_rollout,
+                              "GB/s of weights": step * NEW / seconds_rollout / 1e9,
+                              "share of a copy's GB/s": step * NEW / seconds_rollout / bandwidth},
+            "IDM step": {"TFLOP/s": flops / seconds_idm / 1e12,
+                         "share of a product's": flops / seconds_idm / peak}}
 
 
 def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=128, vocab=None,
@@ -2260,12 +2300,22 @@ def benchmark(shape="medium", device="cpu", part=None):
         table[name] = {**{f"{k} (s)": v for k, v in median.items()}, **ratios,
                        "latent / token, paper": paper.get(name)}
     print(kit.format_table("RL", table), "\n")
+    if device == "cuda":
+        peaks = {}
+        for name, functions in parts.items():
+            for space, f in functions.items():
+                torch.cuda.reset_peak_memory_stats()
+                f()
+                peaks.setdefault(name, {})[space] = kit.peak_memory() / 1e9
+        print(kit.format_table("peak memory (GB), all of the table's models loaded", peaks), "\n")
     del parts
     steps = {"ours": idm_step(shape, device), "padded to 2048": idm_step(shape, device, True)}
     median = timed(steps, 1 if device == "cpu" else rounds, device)
     print(kit.format_table("IDM step, 8 rows of ~300 tokens", {
         name: {"seconds": median[name], "ratio": median[name] / median["padded to 2048"],
                "peak memory (GB)": memory[name]} for name in steps}), "\n")
+    print(kit.format_table("against this machine's limits", utilisation(
+        shape, device, medians["rollout"]["latent"], median["ours"], 8 * 300)), "\n")
     grows = {}
     for change in ({}, {"group": 16}, {"prompt_tokens": 512}, {"new": 128}, {"codes": 512},
                    {"vocab": 4 * SHAPES[shape][5]}):

@@ -44,9 +44,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (Agent, Parser, UserError, all_sum, atomic, format_table, gather, key_seed,
-                   launch, open_image, rank, read_config, read_rows, rollout, say, text_positions,
-                   world_size)
+from model import (Agent, Parser, UserError, all_sum, atomic, file_hash, format_table, gather,
+                   key_seed, launch, open_image, rank, read_config, read_rows, rollout, say,
+                   text_positions, world_size)
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,11 @@ def task_flags(parser: Parser, of_run: bool = False):
                                 """'{"chat_template_kwargs": {"enable_thinking": false}}'""")
     parser.flag("--judge-images", False, "send the pictures along, to a judge that can see")
     parser.section = stage
+
+
+def task_hash(args) -> str:
+    """Hash of what a run's task rests on: mini's source here, or the file of rows."""
+    return file_hash(Path(args.task)) if Path(args.task).is_file() else mini_hash()
 
 
 def load_task(args) -> Task:
@@ -1172,12 +1177,16 @@ def arguments() -> Parser:
     parser.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     parser.flag("--rescore", None, "recompute every figure of a predictions.jsonl from the saved "
                                    "replies' text", metavar="FILE")
+    parser.flag("--out", None, "folder for predictions.jsonl and summary.json, so that they do not "
+                "replace those of an earlier evaluation (default: the run's own)", metavar="FOLDER")
     parser.flag("--report", None, "also write one self-contained HTML page", metavar="FILE")
     return parser
 
 
 def main(args):
     if args.rescore:
+        if args.runs or args.report:
+            raise UserError("--rescore takes one predictions.jsonl, no runs and no --report")
         return rescore(args)
     if not args.runs:
         raise UserError("name at least one run folder, like runs/tiny/rl-mini-dapo-latent-s0")
@@ -1196,6 +1205,9 @@ def main(args):
         for key, value in vars(args).items():           # what is given overrides the run's own
             if value not in (None, False) or not hasattr(own, key):
                 setattr(own, key, value)
+        if own.task is None:
+            raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name "
+                            "a --task")
         own.run_root = folder.resolve().parent.parent
         task = load_task(own)
         splits = {s: task.splits[s][:args.prompts or None] for s in args.splits if task.splits[s]}
@@ -1212,10 +1224,15 @@ def main(args):
                                             for k, v in table.items()}))
         summaries[str(folder)], pages[str(folder)] = table, predictions
         if rank() == 0:
+            out = Path(args.out) / folder.name if args.out else folder
+            out.mkdir(parents=True, exist_ok=True)
             judged_by = {"dimensions": task.dimensions, "lowest": task.lowest}
-            atomic(folder / "predictions.jsonl", lambda p: p.write_text(
+            atomic(out / "predictions.jsonl", lambda p: p.write_text(
                 "".join(json.dumps({**row, **judged_by}) + "\n" for row in predictions)))
-            atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+            atomic(out / "summary.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+    if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
+        say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
+            "gives all the same")
     if len(summaries) > 1:
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
     if args.report and rank() == 0:
@@ -1231,7 +1248,7 @@ def compare(summaries: dict[str, dict]) -> dict[str, dict]:
         groups.setdefault(f"{Path(folder).parent.name}/{name}", []).append(table)
     rows = {}
     for name, tables in groups.items():
-        row = {"seeds": len(tables)}
+        row = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
             values = [t[key]["reward"] for t in tables if key in t]
             spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""

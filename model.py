@@ -27,6 +27,7 @@ Deviations from the paper or its released code, each because it is simpler, exac
 import argparse
 import copy
 import datetime
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -451,17 +452,23 @@ class Run:
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
                                 "choose another --run-root") from None
+            self.lock = open(self.folder / "state" / "lock", "w")      # until the process ends
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder}: another process is working on this run; wait for "
+                                "it, or take --name") from None
             atomic(config_file, lambda p: p.write_text(json.dumps(self.config, indent=1)))
         barrier()
         if self.finished:
-            say(f"{self.folder} is finished (--fresh redoes it)")
+            say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
 
     def _check_same(self, old: dict):
         keys = sorted(set(old["args"]) | set(self.config["args"]))
         differing = [k for k in keys if k not in self.NOT_COMPARED
                      and old["args"].get(k) != self.config["args"].get(k)]
         differing += [k for k in ("parent_hash",) if old[k] != self.config[k]]
-        differing += [k for k in ("base", "mini") if old["derived"].get(k)
+        differing += [k for k in ("base", "mini", "task_hash") if old["derived"].get(k)
                       != self.config["derived"].get(k)]
         if differing:
             was, now = ({**c, **c["derived"], **c["args"]} for c in (old, self.config))

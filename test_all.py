@@ -231,6 +231,20 @@ def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path, capsy
         fresh_run(tmp_path)
 
 
+def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n"
+                               "import test_all, pathlib, time\n"
+                               "run = test_all.fresh_run(pathlib.Path(sys.argv[2]))\n"
+                               "print('held', flush=True); time.sleep(60)", HERE, tmp_path],
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process is working on this run"):
+        fresh_run(tmp_path)
+    holder.kill()
+    holder.wait()
+    fresh_run(tmp_path)                             # the lock dies with its process
+
+
 def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
     run, layer = fresh_run(tmp_path), nn.Linear(2, 1)
     optimizer, before = torch.optim.SGD(layer.parameters(), lr=1.0), layer.weight.clone()
@@ -799,9 +813,10 @@ def test_metrics_by_hand():
     assert tasks.common_length(a, b) == lcs[-1][-1]
     runs = {f"runs/rl-x-s{k}": {"id": {"reward": r}} for k, r in ((0, 0.5), (1, 0.7), ("0-b", 0.1))}
     runs |= {k.replace("runs", "more/other"): v for k, v in runs.items() if k.endswith("s0")}
-    assert tasks.compare(runs) == {"runs/rl-x": {"seeds": 2, "id": "0.600 (0.141)"},
-                                   "other/rl-x": {"seeds": 1, "id": "0.500"},
-                                   "runs/rl-x-b": {"seeds": 1, "id": "0.100"}}
+    assert tasks.compare(runs) == {
+        "runs/rl-x": {"seeds": 2, "min_p": None, "id": "0.600 (0.141)"},
+        "other/rl-x": {"seeds": 1, "min_p": None, "id": "0.500"},
+        "runs/rl-x-b": {"seeds": 1, "min_p": None, "id": "0.100"}}
 
 
 def test_summaries_leave_out_failures_and_count_zeros():
@@ -1798,6 +1813,9 @@ def damaged(folder):
         (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
     (folder / "bad-empty.jsonl").write_text("")
     (folder / "bad-latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1") * 3)
+    shutil.copytree(folder / "runs/tiny/sft-task-latent", folder / "runs/tiny/sft-old")
+    config = folder / "runs/tiny/sft-old/config.json"
+    config.write_text(re.sub(r'"task_hash": "\w+"', '"task_hash": "0"', config.read_text()))
     (folder / "other").mkdir()
     shutil.copy(folder / "task.jsonl", folder / "other")
     shutil.copytree(folder / "runs/tiny" / MAIN, folder / "runs/tiny/stale")
@@ -1843,6 +1861,9 @@ BAD = [
     ("eval runs/tiny/nothing", "no finished run there"),
     ("eval runs/tiny/idm", "has no policy; evaluate an sft-"),
     ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
+    ("eval runs/tiny/bc", "bc: belongs to no task"),
+    ("eval --rescore a.jsonl b.jsonl", "--rescore takes one predictions.jsonl"),
+    ("train_rl --parent runs/tiny/sft-old --task task.jsonl --name x", "has changed since .*sft-ol"),
     ("eval", "name at least one run folder"),
     ("train_bc --codes 16 --parent runs/tiny/idm --stage bc --name bad", "does not fit this base"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),

@@ -177,7 +177,8 @@ def main(args):
     elif kind == "bc":
         agent.make("policy", seed=args.seed)
     run = Run(args, folder(args, args.name), "train_bc.py", parent, space=agent.space,
-              base=agent.base_hash, mini=tasks.mini_hash())
+              base=agent.base_hash, mini=tasks.mini_hash(),
+              task_hash=None if kind == "bc" else tasks.task_hash(args))
     if run.finished:
         return
     if kind == "bc":

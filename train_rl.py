@@ -31,8 +31,8 @@ from pathlib import Path
 import eval as tasks
 import train_bc
 from model import (Agent, Parser, Rollout, Run, UserError, action_statistics, all_sum, folder_of,
-                   gather, key_seed, launch, optimizer_step, rank, replay, rollout, say, set_lr,
-                   task_tag, world_size)
+                   gather, key_seed, launch, optimizer_step, rank, read_config, replay, rollout,
+                   say, set_lr, task_tag, world_size)
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ def arguments() -> Parser:
     parser.flag("--sft", "clone", "latent SFT to start from", choices=("clone", "release"))
     parser.flag("--scale", None, "advantage (default: the algorithm's)",
                 choices=("group", "none", "beta"))
-    parser.flag("--clip-low", None, "ratio floor 1 - x (default: the algorithm's)", type=float)
+    parser.flag("--clip-low", None, "ratio floor 1 - x (default: the algorithm's); clipping acts "
+                "only with several updates a rollout, --minibatches or --inner-epochs", type=float)
     parser.flag("--clip-high", None, "ratio ceiling 1 + x (default: the algorithm's)", type=float)
     parser.flag("--aggregate", None, "token weights (default: the algorithm's)",
                 choices=("sequence", "length", "tokens", "sum", "local"))
@@ -430,6 +431,9 @@ def main(args):
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
                         "sft-* run")
+    if read_config(parent)["derived"].get("task_hash") != tasks.task_hash(args):
+        raise UserError(f"--task {args.task} has changed since {parent} was trained on it; redo "
+                        "that run (--fresh)")
     agent.min_p = args.min_p
     task = tasks.load_task(args)
     if not task.splits["rl"]:
@@ -437,7 +441,8 @@ def main(args):
     folder = folder_of(args, f"rl-{task_tag(args.task)}-{args.algo}-{args.action_space}"
                              f"-s{args.seed}", args.name)
     run = Run(args, folder, "train_rl.py", parent, space=args.action_space,
-              algorithm=vars(algorithm), base=agent.base_hash, mini=tasks.mini_hash())
+              algorithm=vars(algorithm), base=agent.base_hash, mini=tasks.mini_hash(),
+              task_hash=tasks.task_hash(args))
     if run.finished:
         return
     initial = copy.deepcopy(agent.policy)                     # the start, and the KL's reference

@@ -1863,7 +1863,7 @@ BAD = [
     ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
     ("eval runs/tiny/bc", "bc: belongs to no task"),
     ("eval --rescore a.jsonl b.jsonl", "--rescore takes one predictions.jsonl"),
-    ("train_rl --parent runs/tiny/sft-old --task task.jsonl --name x", "has changed since .*sft-ol"),
+    ("train_rl --parent runs/tiny/sft-old --task task.jsonl --name x", "has changed since .*sft-"),
     ("eval", "name at least one run folder"),
     ("train_bc --codes 16 --parent runs/tiny/idm --stage bc --name bad", "does not fit this base"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),

@@ -1441,6 +1441,12 @@ def test_flags_override_the_algorithms_row():
     assert got == train_rl.Algorithm("none", 0.2, 0.28, "tokens", 0.1, False, True)
 
 
+def test_more_ranks_than_prompts_are_refused(monkeypatch):
+    monkeypatch.setattr(train_rl, "world_size", lambda: 9)
+    with pytest.raises(UserError, match="--prompts 8 is less than the 9 ranks; raise it"):
+        train_rl.resolve_algorithm(parsed(train_rl))
+
+
 def test_prompts_run_through_every_row_once_an_epoch():
     p, again = (train_rl.Prompts([{"id": i} for i in range(5)], 3) for _ in range(2))
     ids = [r["id"] for n in (2, 3, 4, 1) for r in p.next(n)]

@@ -1536,8 +1536,9 @@ def test_kl_gradients_are_those_the_docstring_says():
 def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeypatch):
     _, r = roll()
     for rewards, drop in ((torch.full((3, 3), NAN), ()), (torch.zeros(3, 3), (0, 1, 2))):
-        figures = update(monkeypatch, r, rewards, "dapo", drop=drop)[1]
+        stepped, figures, _ = update(monkeypatch, r, rewards, "dapo", drop=drop)
         assert all(map(math.isfinite, figures.values()))
+        assert not stepped                          # fails if AdamW's momentum moves the policy
     r.logps = r.logps + 0.01                        # fails if the ratio is not checked
     with pytest.raises(AssertionError, match="ratio is not 1"):
         update(monkeypatch, r, torch.rand(3, 3), "grpo")

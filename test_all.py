@@ -2286,10 +2286,11 @@ def idm_step(shape, device, padded=False):
             e = agent.embeddings(batch)
             states = agent.project(e, batch.has_image)
         if padded:
-            logits = agent.idm_logits(states)
-            choice = train_idm.straight_through(logits, noise[:, 1:])
-            x = agent.world(states[:, :-1], choice @ agent.codebook.weight)
-            every = agent.backbone.lm_head(x.to(states.dtype)).float().transpose(1, 2)
+            with agent.autocast():
+                logits = agent.idm_logits(states).float()
+                choice = train_idm.straight_through(logits, noise[:, 1:])
+                x = agent.world(states[:, :-1], choice @ agent.codebook.weight)
+                every = agent.backbone.lm_head(x.to(states.dtype)).float().transpose(1, 2)
             labels = batch.tokens[:, 1:].masked_fill(~batch.targets[:, :-1], -100)
             loss = F.cross_entropy(every, labels) + train_idm.negative_entropy(logits).mean()
             loss = loss + stage1.projector_losses(agent, batch, e, cycle=True).sum() * 1e-3

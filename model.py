@@ -41,7 +41,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 # Read when torch loads (so the other files import this one before torch): OpenMP threads that wait
@@ -171,6 +171,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def fill(self, args) -> argparse.Namespace:
+        """`args` with the defaults that depend on the model and on other flags."""
         for name, (tiny, full) in {**self.sized, **self.by_stage(args)}.items():
             if getattr(args, name) is None:
                 setattr(args, name, tiny if args.model == "tiny" else full)
@@ -428,6 +429,8 @@ class Run:
         self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
         self.save_every = args.save_every
         if args.fresh and rank() == 0:
+            if (self.folder / "state").exists():
+                self._lock()                        # never under another process's feet
             shutil.rmtree(self.folder, ignore_errors=True)
         barrier()
         self.finished = (self.folder / "model.safetensors").exists()
@@ -447,31 +450,33 @@ class Run:
                             "--fresh starts it again")
         barrier()                               # every rank has looked before rank 0 writes
         if rank() == 0 and not self.finished:
-            try:
-                (self.folder / "state").mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
-                                "choose another --run-root") from None
-            self.lock = open(self.folder / "state" / "lock", "w")      # until the process ends
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.folder}: another process is working on this run; wait for "
-                                "it, or take --name") from None
+            self._lock()
             atomic(config_file, lambda p: p.write_text(json.dumps(self.config, indent=1)))
         barrier()
         if self.finished:
             say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
 
+    def _lock(self):
+        """Make state/ and hold its lock until the process ends, however it ends."""
+        try:
+            (self.folder / "state").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "state" / "lock", "w")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
+                            "choose another --run-root") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder}: another process is working on this run; wait for it, "
+                            "or take --name") from None
+
     def _check_same(self, old: dict):
-        keys = sorted(set(old["args"]) | set(self.config["args"]))
-        differing = [k for k in keys if k not in self.NOT_COMPARED
-                     and old["args"].get(k) != self.config["args"].get(k)]
-        differing += [k for k in ("parent_hash",) if old[k] != self.config[k]]
-        differing += [k for k in ("base", "mini", "task_hash") if old["derived"].get(k)
-                      != self.config["derived"].get(k)]
+        hashes = ("base", "mini", "task_hash")
+        was, now = ({**c["args"], **{k: c["derived"].get(k) for k in hashes},
+                     "parent_hash": c["parent_hash"]} for c in (old, self.config))
+        differing = [k for k in sorted({*was, *now} - set(self.NOT_COMPARED))
+                     if was.get(k) != now.get(k)]
         if differing:
-            was, now = ({**c, **c["derived"], **c["args"]} for c in (old, self.config))
             shown = ", ".join(f"{k}: {was.get(k)} -> {now.get(k)}" for k in differing)
             raise UserError(f"{self.folder} was started with other arguments ({shown}); "
                             "use --name for a variant or --fresh to redo it")

@@ -238,8 +238,10 @@ def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
                                "print('held', flush=True); time.sleep(60)", HERE, tmp_path],
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match="another process is working on this run"):
-        fresh_run(tmp_path)
+    for flags in ([], ["--fresh"]):                 # --fresh deletes nothing of the other's
+        with pytest.raises(UserError, match="another process is working on this run"):
+            fresh_run(tmp_path, *flags)
+    assert (tmp_path / "run/config.json").exists()
     holder.kill()
     holder.wait()
     fresh_run(tmp_path)                             # the lock dies with its process

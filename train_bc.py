@@ -28,7 +28,7 @@ from pathlib import Path
 import eval as tasks
 import train_idm
 from model import (Agent, Batch, Parser, Run, Stream, UserError, all_sum, cosine, folder_of,
-                   key_seed, launch, optimizer_step, require, say, set_lr, task_tag,
+                   key_seed, launch, optimizer_step, require, set_lr, task_tag,
                    text_positions, token_logprobs)
 from train_projector import corpora, ensure_base, held_batches, next_batches
 
@@ -125,7 +125,7 @@ def bc_report(agent: Agent, held: dict[str, list], positions: int = 256) -> dict
             parts.append((e[:, :-1][at], states[:, :-1][at], logits,
                           idm_codes(agent, states, at), targets))
         e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
-        hits, taken = logits.argmax(-1) == codes, logits.argmax(-1)
+        taken = logits.argmax(-1)
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         some = some[:positions].to(agent.device)
         e, s, x = e[some], s[some], x[some]
@@ -136,7 +136,7 @@ def bc_report(agent: Agent, held: dict[str, list], positions: int = 256) -> dict
                 for a in range(n)], -1)                                       # (positions, |C|)
         mixture = torch.logsumexp(F.log_softmax(logits[some], -1) + given, -1)
         base = token_logprobs(agent.backbone.lm_head, e, x)
-        report[name] = {"accuracy": hits.float().mean().item(),
+        report[name] = {"accuracy": (taken == codes).float().mean().item(),
                         "policy x world": -mixture.mean().item(), "base": -base.mean().item(),
                         **tasks.code_usage(torch.bincount(taken, minlength=n))}
     return report

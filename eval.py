@@ -130,7 +130,7 @@ def task_flags(parser: Parser, of_run: bool = False):
 
 
 def task_hash(args) -> str:
-    """Hash of what a run's task rests on: mini's source here, or the file of rows."""
+    """Hash of a task's file of rows; of mini's source, here, for the tasks that have no file."""
     return file_hash(Path(args.task)) if Path(args.task).is_file() else mini_hash()
 
 
@@ -144,7 +144,12 @@ def load_task(args) -> Task:
         if not args.task_root or not Path(args.task_root).is_dir():
             raise UserError(f"--task {args.task}: --task-root {args.task_root} is not a folder; "
                             "name the one that holds its published files")
-        task = (mmrole_task if args.task == "mmrole" else pcogalign_task)(Path(args.task_root))
+        read = mmrole_task if args.task == "mmrole" else pcogalign_task
+        try:
+            task = read(Path(args.task_root))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--task-root {args.task_root}: its files are not in {args.task}'s "
+                            f"published form ({error!r}); see README, Real tasks") from None
     elif Path(args.task).is_file():
         task = file_task(args.task, args.image_root)
     else:
@@ -813,6 +818,8 @@ class Endpoint:
         from huggingface_hub import InferenceClient, constants
         if not args.judge_model:
             raise UserError("--judge-url needs --judge-model, the model's name at that endpoint")
+        if args.judge_threads < 1:
+            raise UserError(f"--judge-threads {args.judge_threads}: at least 1")
         place = urlsplit(args.judge_url)
         if place.scheme not in ("http", "https") or place.password or place.query:
             raise UserError("--judge-url takes a plain http(s) address; a key belongs in the "
@@ -839,7 +846,7 @@ class Endpoint:
                                       api_key=os.environ.get(args.judge_key) or "none")
         self.url, self.model, self.key_name = args.judge_url, args.judge_model, args.judge_key
         self.dimensions, self.images = dimensions, args.judge_images
-        self.pool = ThreadPoolExecutor(args.judge_threads)
+        self.threads, self.pool = args.judge_threads, ThreadPoolExecutor(args.judge_threads)
         self.cache, self.ever, self.dead = {}, False, 0
         folder = Path(getattr(args, "run_root", "runs")) / "judge-cache"
         folder.mkdir(parents=True, exist_ok=True)
@@ -879,25 +886,26 @@ class Endpoint:
         keys = [hashlib.sha256(json.dumps([self.model, self.extra, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
-        replies, tokens, reason = {}, 0, None
+        replies, tokens, reason, good = {}, 0, None, False
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:
             calls = self.pool.map(self.ask, new.values())
-            for key, (reply, used, error) in zip(new, calls):
+            for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
                 replies[key], tokens, reason = reply, tokens + used, error or reason
                 if reply is not None and parse_reply(reply, self.dimensions):
-                    self.cache[key] = reply
+                    self.cache[key], self.ever, good = reply, True, True
                     cache.write(json.dumps([key, reply]) + "\n")
                     cache.flush()
                 bar.update()
                 bar.set_postfix_str(f"{tokens} tokens")
-        good = sum(key in self.cache for key in new)
-        self.ever |= good > 0
+                if not self.ever and n == self.threads:
+                    break                  # a judge that never answered: do not try them all
         self.dead = 0 if good or not new else self.dead + 1
         if new and (not self.ever or self.dead == 3):
-            raise UserError(f"--judge-url {self.url}: no usable judgement in {len(new)} calls "
-                            f"({reason}); see that the server runs and serves {self.model}, then "
-                            "run the same command again")
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            raise UserError(f"--judge-url {self.url}: no usable judgement in {n} calls ({reason}); "
+                            f"see that the server runs and serves {self.model}, then run the same "
+                            "command again")
         return [self.cache.get(key, replies.get(key)) for key in keys]
 
     def ask(self, messages: list[dict]) -> tuple[str | None, int, str | None]:

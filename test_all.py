@@ -1003,6 +1003,11 @@ def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
     for bad, match in ((["--task-root", "nowhere"], "is not a folder"), ([], "not a folder")):
         with pytest.raises(UserError, match=match):
             file_task("mmrole", *bad)
+    other = tmp_path / "dialogues/out-of-distribution/comment.json"
+    whole, _ = other.read_text(), other.write_text('[{"id": "x", "conversations": []}]')
+    with pytest.raises(UserError, match="not in mmrole's published form .KeyError"):
+        file_task("mmrole", "--task-root", str(tmp_path))
+    other.write_text(whole)
     (tmp_path / "images/COCO/1.jpg").unlink()
     with pytest.raises(UserError, match="every dialogue lacks"):
         file_task("mmrole", "--task-root", str(tmp_path))
@@ -1134,6 +1139,10 @@ def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoin
     _, judge = endpoint(lambda prompt, attempt: "401")
     with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
         judge([QUESTION], ["x"])
+    server, judge = endpoint(lambda prompt, attempt: "500", "--judge-threads", "2")
+    with pytest.raises(UserError, match="no usable judgement in 2 calls .HTTP 500"):
+        judge([QUESTION] * 50, [f"never {n}" for n in range(50)])
+    assert len(server.calls) < 40                   # fails if a dead judge is asked 50 x 6 times
     server, judge = endpoint()
     server.shutdown()
     server.server_close()
@@ -1849,6 +1858,8 @@ BAD = [
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
     ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
     ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url needs --judge-model"),
+    ("train_rl --judge-url http://h --judge-model m --judge-threads 0 --task task.jsonl --name x",
+     "--judge-threads 0: at least 1"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
     (f"{PAIRED} absent.jsonl", "absent.jsonl: cannot be read.*check the path"),

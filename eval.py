@@ -1,8 +1,9 @@
 """Tasks, rewards and evaluation: what the policy talks about and how its answers are scored.
 
 A task is five splits of dialogue rows and a judge. The judge replies in text, one line a dimension
-(`Fluency: reason. [Scores]: (answer, reference)`), whether it is an LLM or the rules below; the
-reward is the answer's summed scores over the reference's, as in the paper's RL stage.
+(`Fluency: reason. [Scores]: (answer, reference)`), whether it is an LLM or the rules below:
+
+    reward r = sum of the answer's scores / sum of the reference's        (paper, section 4)
 
   mini       a small world of pictures and role play, drawn from a seed, judged by a sentence
              parser. Nothing to download; it borrows MMRole's eight dimensions.
@@ -11,8 +12,7 @@ reward is the answer's summed scores over the reference's, as in the paper's RL 
   FILE       a user's own dialogues
 
 All but mini are judged by an LLM behind an OpenAI-compatible endpoint (--judge-url), or else by
-their word overlap with the reference. Deviations: prompt and judge texts are our own words (same
-dimensions, same format of scores); a judgement that failed is left out, never scored.
+their word overlap with the reference. Deviations: README, rows 5 and 6.
 
     python eval.py runs/tiny/rl-mini-dapo-latent-s0           # ID, OOD; greedy, sampled, best-of-N
     python eval.py runs/tiny/rl-mini-*-s?                     # comparison, seeds aggregated
@@ -22,11 +22,8 @@ dimensions, same format of scores); a judgement that failed is left out, never s
 """
 
 import argparse
-import base64
 import functools
 import hashlib
-import html
-import io
 import json
 import math
 import os
@@ -44,20 +41,21 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (Agent, Parser, UserError, all_sum, atomic, file_hash, format_table, gather,
-                   key_seed, launch, open_image, rank, read_config, read_rows, rollout, say,
-                   text_positions, world_size)
+from model import (ABLATIONS, STRUCTURE, Agent, UserError, all_sum, atomic, count, file_identity,
+                   format_table, gather, init_distributed, key_seed, launch, rank, read_config,
+                   read_rows, rollout, say, split_prompts, text_positions, within,
+                   world_size)
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 
 # ---- Tasks, judge replies and the reward ----
 
 SPLITS = ("sft", "valid", "rl", "id", "ood")
+TASKS = ("mini", "mmrole", "pcogalign")
 
 
 @dataclass
@@ -108,30 +106,36 @@ def parse_reply(reply: str, dimensions, lowest: float = 1.0):
     return scores if len(scores) == len(dimensions) else None
 
 
-def task_flags(parser: Parser, of_run: bool = False):
-    """Which task, where it lies and who judges it, for every script that needs one; with
-    `of_run` what is not given is the run's own."""
-    def flag(name, default, help, **kw):
-        parser.flag(name, None if of_run else default,
-                    help + " (default: the run's)" * of_run, **kw)
-    stage, parser.section = parser.section, parser.add_argument_group("task and judge")
-    flag("--task", "mini", "mini, mmrole, pcogalign or a JSON(L) file of dialogues")
-    flag("--task-root", None, "folder of mmrole's or pcogalign's published files")
-    flag("--judge-url", None, "OpenAI-compatible endpoint of an LLM judge; without one mini has "
-                              "its rules and other tasks word overlap with the reference")
-    flag("--judge-model", None, "the judge's model name at that endpoint")
-    flag("--judge-prompt", None, "file with another judge prompt, see JUDGE_PROMPT in eval.py")
-    flag("--judge-key", "JUDGE_API_KEY", "environment variable that holds the judge's key")
-    flag("--judge-threads", 16, "judge calls at a time on each rank", type=int)
-    flag("--judge-extra", None, "JSON added to every request, for instance "
-                                """'{"chat_template_kwargs": {"enable_thinking": false}}'""")
-    parser.flag("--judge-images", False, "send the pictures along, to a judge that can see")
-    parser.section = stage
+def task_flags(parser: argparse.ArgumentParser):
+    """Which task, where it lies and who judges it, for every script that needs one."""
+    add = parser.add_argument_group("task and judge").add_argument
+    add("--task", default="mini", type=lambda t: t if t in TASKS else os.path.abspath(t),
+        help="mini, mmrole, pcogalign or a JSON(L) file of dialogues (default: mini)")
+    add("--task-root", type=os.path.abspath, help="folder of the task's published files")
+    add("--judge-url", help="OpenAI-compatible endpoint of an LLM judge, its key in $JUDGE_API_KEY;"
+        " else mini has its rules and other tasks word overlap with the reference")
+    add("--judge-model", help="the judge's model name at that endpoint")
+    add("--judge-prompt", type=os.path.abspath, help="file to replace JUDGE_PROMPT of eval.py")
 
 
-def task_hash(args) -> str:
-    """Hash of a task's file of rows; of mini's source, here, for the tasks that have no file."""
-    return file_hash(Path(args.task)) if Path(args.task).is_file() else mini_hash()
+def identity(args, *kinds: str) -> dict:
+    """What a run must share with those that start from it: structure, ablations, and the data of
+    `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
+    found = {name: getattr(args, name) for name in (*STRUCTURE["tiny"], *ABLATIONS)}
+    mini = f"mini {MINI_VERSION}"
+    for kind in kinds:
+        files = getattr(args, kind)
+        if kind == "task" and files in TASKS[1:]:
+            parts = [file_identity(file, whole=True)
+                     for file in sorted(Path(args.task_root or "").rglob("*.json"))]
+            found[kind] = f"{files} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+        elif kind == "task":
+            found[kind] = mini if files == "mini" else file_identity(files, whole=True)
+        elif files:
+            found[kind] = [file_identity(file) for file in files]
+        else:
+            found[kind] = mini if args.model == "tiny" and not args.paired else None
+    return found
 
 
 def load_task(args) -> Task:
@@ -140,7 +144,7 @@ def load_task(args) -> Task:
         # One fixed draw, so that all runs share its prompts; the tests were drawn anew (2, not 1)
         # when every setting had been chosen on validation prompts.
         task = mini_task(seed=1, test_seed=2)
-    elif args.task in ("mmrole", "pcogalign"):
+    elif args.task in TASKS:
         if not args.task_root or not Path(args.task_root).is_dir():
             raise UserError(f"--task {args.task}: --task-root {args.task_root} is not a folder; "
                             "name the one that holds its published files")
@@ -169,6 +173,8 @@ def load_task(args) -> Task:
 # is asked about it in one of four ways; a good answer says what is asked, right, in the persona's
 # own words. Objects are always named in the order of CELLS: a fixed order is what lets a tiny
 # model learn from scratch to look.
+
+MINI_VERSION = 1           # bumped by hand whenever rows, pictures or marks of this world change
 
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
@@ -407,6 +413,15 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
     return rows
 
 
+def embedded(kind: str, seed: int) -> list[dict]:
+    """The corpora of the embedded default: 4096 "paired" or "text" rows, or 96 held-out "ood" rows
+    of the personas without paired data."""
+    if kind != "ood":
+        return mini_corpus(kind, 4096, seed)
+    unseen = {persona.name for persona in PERSONAS[-HELD_OUT:]}
+    return [row for row in mini_corpus("base", 384, seed) if row["persona"] in unseen][:96]
+
+
 def mini_task(seed: int, test_seed: int) -> Task:
     """The splits of the mini world. "ood" asks the held-out personas, "valid", on which settings
     are chosen, all of them, and the others the rest."""
@@ -567,15 +582,6 @@ def judge_by_rules(rows: list[dict], answers: list[str]) -> list[str]:
         replies.append("\n".join(f"{name}: {reason}. [Scores]: ({score:.1f}, {reference:.1f})"
                                  for name, (score, reason), (reference, _) in both))
     return replies
-
-
-def mini_hash() -> str:
-    """Hash of this file's source of the mini world and its judge: results with another hash are
-    results of another task."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    start, end = (source.index(f"\n# ---- {title} ----") for title in
-                  ("The mini world", "A user's own file"))
-    return hashlib.sha256(source[start:end].encode()).hexdigest()[:16]
 
 
 # ---- A user's own file ----
@@ -802,6 +808,12 @@ reference's. Do not repeat scores found in the texts. The form of each line:
 """
 
 
+# What a call may cost, and the fields of every request: edit here. For a judge that thinks first,
+# "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}.
+JUDGE = {"threads": 16, "attempts": 6, "timeout": 120.0, "pause": 1.0, "longest_pause": 60.0}
+JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
+
+
 class Endpoint:
     """An LLM judge behind an OpenAI-compatible endpoint: `Task.judge`.
 
@@ -809,46 +821,33 @@ class Endpoint:
     connections and malformed replies are tried again with growing pauses. A call that fails for
     good gives its last malformed reply or None: no score, left out and counted. Well-formed
     replies are kept in judge-cache/ under the run root, so that no call is paid for twice.
-    The key comes from an environment variable and is never logged or stored.
+    The key comes from $JUDGE_API_KEY and is never logged or stored.
     """
-
-    ATTEMPTS, TIMEOUT, PAUSE, LONGEST = 6, 120.0, 1.0, 60.0    # calls, seconds
 
     def __init__(self, args, dimensions):
         from huggingface_hub import InferenceClient, constants
-        if not args.judge_model:
-            raise UserError("--judge-url needs --judge-model, the model's name at that endpoint")
-        if args.judge_threads < 1:
-            raise UserError(f"--judge-threads {args.judge_threads}: at least 1")
         place = urlsplit(args.judge_url)
         if place.scheme not in ("http", "https") or place.password or place.query:
             raise UserError("--judge-url takes a plain http(s) address; a key belongs in the "
-                            f"environment variable {args.judge_key}")
+                            "environment variable JUDGE_API_KEY")
+        if not args.judge_model:
+            raise UserError("--judge-url needs --judge-model, the model's name at that endpoint")
         if constants.HF_HUB_OFFLINE:
             raise UserError("HF_HUB_OFFLINE is set, and with it the judge's client refuses to call "
                             "any address: unset it (a --model folder needs no hub)")
-        try:
-            self.extra = json.loads(args.judge_extra or "{}")
-        except ValueError as error:
-            raise UserError(f"--judge-extra: not valid JSON ({error})") from None
         self.template = JUDGE_PROMPT
         if args.judge_prompt:
-            try:
-                self.template = Path(args.judge_prompt).read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise UserError(f"--judge-prompt {args.judge_prompt}: cannot be read ({error})"
-                                ) from None
+            self.template = Path(args.judge_prompt).read_text(encoding="utf-8", errors="replace")
             for field in ("{answer}", "{reference}", "{dimensions}"):
                 if field not in self.template:
                     raise UserError(f"--judge-prompt {args.judge_prompt}: lacks {field}")
         # Always an explicit key: without one the client would send the user's own hub token.
-        self.client = InferenceClient(base_url=args.judge_url, timeout=self.TIMEOUT,
-                                      api_key=os.environ.get(args.judge_key) or "none")
-        self.url, self.model, self.key_name = args.judge_url, args.judge_model, args.judge_key
-        self.dimensions, self.images = dimensions, args.judge_images
-        self.threads, self.pool = args.judge_threads, ThreadPoolExecutor(args.judge_threads)
-        self.cache, self.ever, self.dead = {}, False, 0
-        folder = Path(getattr(args, "run_root", "runs")) / "judge-cache"
+        self.client = InferenceClient(base_url=args.judge_url, timeout=JUDGE["timeout"],
+                                      api_key=os.environ.get("JUDGE_API_KEY") or "none")
+        self.url, self.model, self.dimensions = args.judge_url, args.judge_model, dimensions
+        self.pool = ThreadPoolExecutor(JUDGE["threads"])
+        self.cache = {}
+        folder = Path(args.run_root) / "judge-cache"
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.jsonl"):
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -858,7 +857,7 @@ class Endpoint:
                     continue               # the line that a killed run was writing
         self.file = folder / f"rank{rank()}.jsonl"
 
-    def messages(self, row: dict, answer: str) -> list[dict]:
+    def prompt(self, row: dict, answer: str) -> str:
         """The judge's prompt, filled in one pass: braces in an answer stay what they are."""
         said = [m for m in row["messages"][:-1] if m["role"] != "system"]
         values = {
@@ -869,21 +868,11 @@ class Endpoint:
             "dimensions": "\n".join(f"- {d}: {MEANING.get(d, 'as the name says')}"
                                     for d in self.dimensions),
             "form": f"{self.dimensions[0]}: ... [Scores]: (a, b)"}
-        text = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), self.template)
-        if not self.images:
-            return [{"role": "user", "content": text}]
-        pictures = []
-        for image in row["images"]:
-            data = io.BytesIO()
-            open_image(image, row["id"]).convert("RGB").save(data, "JPEG")
-            data = base64.b64encode(data.getvalue()).decode()
-            pictures.append({"type": "image_url",
-                             "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
-        return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), self.template)
 
     def __call__(self, rows: list[dict], answers: list[str]) -> list[str | None]:
-        prompts = [self.messages(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        keys = [hashlib.sha256(json.dumps([self.model, self.extra, p]).encode()).hexdigest()
+        prompts = [self.prompt(row, answer) for row, answer in zip(rows, answers, strict=True)]
+        keys = [hashlib.sha256(json.dumps([self.model, JUDGE_REQUEST, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
         replies, tokens, reason, good = {}, 0, None, False
@@ -893,31 +882,29 @@ class Endpoint:
             for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
                 replies[key], tokens, reason = reply, tokens + used, error or reason
                 if reply is not None and parse_reply(reply, self.dimensions):
-                    self.cache[key], self.ever, good = reply, True, True
+                    self.cache[key], good = reply, True
                     cache.write(json.dumps([key, reply]) + "\n")
                     cache.flush()
                 bar.update()
                 bar.set_postfix_str(f"{tokens} tokens")
-                if not self.ever and n == self.threads:
-                    break                  # a judge that never answered: do not try them all
-        self.dead = 0 if good or not new else self.dead + 1
-        if new and (not self.ever or self.dead == 3):
+                if not good and n == JUDGE["threads"]:
+                    break                  # a judge that does not answer: do not try them all
+        if new and not good:
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise UserError(f"--judge-url {self.url}: no usable judgement in {n} calls ({reason}); "
                             f"see that the server runs and serves {self.model}, then run the same "
                             "command again")
         return [self.cache.get(key, replies.get(key)) for key in keys]
 
-    def ask(self, messages: list[dict]) -> tuple[str | None, int, str | None]:
+    def ask(self, prompt: str) -> tuple[str | None, int, str | None]:
         """(reply or None, tokens used, why it failed or None) of one prompt, after retries."""
         from huggingface_hub.errors import HfHubHTTPError
         reply, tokens, reason = None, 0, None
-        for attempt in range(self.ATTEMPTS):
-            pause = min(self.LONGEST, self.PAUSE * 2 ** attempt) * (0.5 + random.random())
+        for attempt in range(JUDGE["attempts"]):
+            pause = min(JUDGE["longest_pause"], JUDGE["pause"] * 2 ** attempt)
             try:
-                out = self.client.chat_completion(messages, model=self.model, temperature=0.0,
-                                                  max_tokens=8192, seed=attempt,
-                                                  extra_body=self.extra)
+                out = self.client.chat_completion([{"role": "user", "content": prompt}],
+                                                  model=self.model, seed=attempt, **JUDGE_REQUEST)
                 reply = out.choices[0].message.content or ""
                 reply = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.S)
                 tokens += getattr(out.usage, "total_tokens", None) or 0
@@ -929,14 +916,14 @@ class Endpoint:
                 status = error.response.status_code
                 reason = f"HTTP {status}"
                 if 400 <= status < 500 and status not in (408, 409, 425, 429):
-                    return None, tokens, f"{reason}; is the key in ${self.key_name} right?" \
+                    return None, tokens, f"{reason}; is the key in $JUDGE_API_KEY right?" \
                         if status in (401, 403) else reason
                 after = error.response.headers.get("Retry-After", "")
-                pause = max(pause, min(float(after), self.LONGEST)) if after.isdigit() else pause
+                pause = max(pause, float(after)) if after.isdigit() else pause
             except Exception as error:     # time-outs, dropped connections, JSON cut short
                 reason = type(error).__name__
-            if attempt + 1 < self.ATTEMPTS:
-                time.sleep(pause)
+            if attempt + 1 < JUDGE["attempts"]:
+                time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
         return reply, tokens, reason
 
 
@@ -969,13 +956,6 @@ def score_table(scores, dimensions) -> dict[str, float]:
              for d in dimensions}
     return {**table, "overall": float(np.mean(list(table.values()))),
             "judged": len(judged), "failed": len(scores) - len(judged)}
-
-
-def win_rate(scores) -> float:
-    """Share of judged rows whose answer has the higher sum of scores than the reference; a tie
-    counts one half, so 0.5 is level with the references. scores as in score_table."""
-    sums = [tuple(map(sum, zip(*s.values()))) for s in scores if s is not None]
-    return float(np.mean([(a > b) + (a == b) / 2 for a, b in sums])) if sums else math.nan
 
 
 def distinct_n(texts: list[str], n: int) -> float:
@@ -1011,29 +991,6 @@ def backbone_embeddings(base: Agent, texts: list[str], at_once: int = 64) -> Ten
     return torch.stack(means)
 
 
-def sentence_encoder(path: str, device) -> Callable[[list[str]], Tensor]:
-    """Any local sentence encoder: its [CLS] state where its pooling says so, else the mean."""
-    try:
-        model = AutoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--encoder {path}: cannot be loaded ({reason})") from None
-    pooling = Path(path) / "1_Pooling" / "config.json"
-    first = pooling.exists() and json.loads(pooling.read_text()).get("pooling_mode_cls_token")
-
-    @torch.no_grad()
-    def embed(texts: list[str]) -> Tensor:
-        parts = []
-        for i in range(0, len(texts), 64):
-            batch = tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=512,
-                              return_tensors="pt").to(device)
-            e, real = model(**batch).last_hidden_state.float(), batch["attention_mask"][..., None]
-            parts.append(e[:, 0] if first else (e * real).sum(1) / real.sum(1).clamp(min=1))
-        return torch.cat(parts)
-    return embed
-
-
 def code_usage(counts: Tensor) -> dict[str, float]:
     """Codes in use and perplexity of their marginal, from counts (|C|,). Perplexity exp(H) is
     |C| when all are used alike and 1 when the codebook has collapsed."""
@@ -1062,28 +1019,27 @@ MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a 
 
 
 def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
-             seed: int, tokens: int = 16384) -> tuple[list[list[str]], torch.Tensor]:
+             seed: int, tokens_at_once: int) -> tuple[list[list[str]], Tensor]:
     """n answers to every row's prompt, this rank's share gathered on all ranks, and the counts of
     the actions taken, (number of actions,). Seeds are keyed by row: no batch split matters.
-    A batch's caches hold at most `tokens` tokens, or one prompt's."""
-    mine = list(range(rank(), len(rows), world_size()))
-    counts = torch.zeros(agent.policy.head.out_features, dtype=torch.double)
-    answers, prompts = {}, {r: agent.encoder.encode(rows[r], prompt=True) for r in mine}
-    mine.sort(key=lambda r: len(prompts[r]), reverse=True)
-    while mine:
-        fit = tokens // (n * (len(prompts[mine[0]]) + max_new_tokens))
-        part, mine = mine[:max(1, fit)], mine[max(1, fit):]
-        out = rollout(agent, [prompts[r] for r in part], n, max_new_tokens, temperature,
-                      [key_seed(seed, "eval", rows[r]["id"]) for r in part])
+    A batch's caches hold at most `tokens_at_once` tokens, or one prompt's."""
+    mine = [(agent.encoder.encode(rows[r], prompt=True), r)
+            for r in range(rank(), len(rows), world_size())]
+    mine.sort(key=lambda pair: len(pair[0]), reverse=True)
+    prompts, places = [prompt for prompt, _ in mine], [r for _, r in mine]
+    counts, answers = torch.zeros(agent.policy.head.out_features, dtype=torch.double), {}
+    for part in split_prompts(prompts, n, max_new_tokens, tokens_at_once):
+        out = rollout(agent, [prompts[i] for i in part], n, max_new_tokens, temperature,
+                      [key_seed(seed, "eval", rows[places[i]]["id"]) for i in part])
         counts += torch.bincount(out.actions[out.mask], minlength=len(counts)).cpu()
-        for j, r in enumerate(part):
-            answers[r] = out.texts[j * n:(j + 1) * n]
+        answers |= {places[i]: out.texts[k * n:(k + 1) * n] for k, i in enumerate(part)}
     answers = gather(answers)
-    return [answers[r] for r in range(len(rows))], all_sum(counts)
+    return [answers[r] for r in range(len(rows))], all_sum({"actions": counts})["actions"]
 
 
 def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
-             modes: dict[str, tuple[float, int]] = MODES, embed=None) -> tuple[dict, list[dict]]:
+             tokens_at_once: int, modes: dict[str, tuple[float, int]] = MODES,
+             embed=None) -> tuple[dict, list[dict]]:
     """Generate and judge: a table "split mode" -> figures, and one prediction per prompt and mode.
 
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
@@ -1094,9 +1050,10 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     table, predictions = {}, []
     for split, rows in splits.items():
         for mode, (temperature, n) in modes.items():
-            answers, counts = generate(agent, rows, temperature, n, task.max_new_tokens, seed)
+            answers, counts = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
+                                       tokens_at_once)
             flat_rows = [row for row, group in zip(rows, answers) for _ in group]
-            flat = [a for group in answers for a in group]
+            flat = [answer for group in answers for answer in group]
             replies = gather({0: task.judge(flat_rows, flat)} if rank() == 0 else {})[0]
             e = embed(flat) if embed and n > 1 else None
             for i, (row, group) in enumerate(zip(rows, answers)):
@@ -1107,11 +1064,9 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
                     "reference": row["reference"], "replies": replies[of_row],
                     "scores": [task.scores(reply) for reply in replies[of_row]]}
                     | ({} if e is None else {"diversity": diversity(e[of_row])}))
-            figures = summarise(task, predictions[-len(rows):])
-            figures["min_p"] = agent.min_p
-            if agent.space == "latent":
-                figures |= code_usage(counts)
-            table[f"{split} {mode}"] = figures
+            figures = {"min_p": agent.min_p, **summarise(task, predictions[-len(rows):])}
+            table[f"{split} {mode}"] = figures | (code_usage(counts) if agent.space == "latent"
+                                                  else {})
     return table, predictions
 
 
@@ -1124,18 +1079,16 @@ def rewards_of(task: Task, predictions: list[dict]) -> np.ndarray:
 def nan_mean(x, axis=None):
     """Mean over what is not NaN; NaN, without a warning, where all is."""
     x = np.asarray(x, dtype=float)
-    count = np.isfinite(x).sum(axis)
-    mean = np.nansum(x, axis) / np.maximum(count, 1)
-    return np.where(count > 0, mean, math.nan)
+    judged = np.isfinite(x).sum(axis)
+    return np.where(judged > 0, np.nansum(x, axis) / np.maximum(judged, 1), math.nan)
 
 
 def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
     """Figures of one split and mode from the replies' text alone (what --rescore recomputes)."""
-    scores = [task.scores(reply) for p in predictions for reply in p["replies"]]
-    table, rewards = score_table(scores, task.dimensions), rewards_of(task, predictions)
-    groups, n = [p["answers"] for p in predictions], rewards.shape[1]
-    figures = {"reward": float(nan_mean(nan_mean(rewards, 1))), "win_rate": win_rate(scores),
-               "words": float(np.mean([len(a.split()) for group in groups for a in group]))}
+    table = score_table([task.scores(reply) for p in predictions for reply in p["replies"]],
+                        task.dimensions)
+    rewards, groups = rewards_of(task, predictions), [p["answers"] for p in predictions]
+    n, figures = rewards.shape[1], {"reward": float(nan_mean(nan_mean(rewards, 1)))}
     if n > 1:
         best = np.where(np.isfinite(rewards), rewards, -math.inf).max(1)
         figures |= {"deviation": float(np.std(nan_mean(rewards, 0), ddof=1)),
@@ -1148,158 +1101,131 @@ def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
             **{d: table[d] for d in task.dimensions}}
 
 
+def by_split_and_mode(predictions: list[dict]) -> dict[str, list[dict]]:
+    parts = {}
+    for p in predictions:
+        parts.setdefault(f"{p['split']} {p['mode']}", []).append(p)
+    return parts
+
+
 def gain_table(task: Task, before: list[dict], after: list[dict], seed: int = 0) -> dict:
     """Reward before and after on the same prompts, the gain and its paired 95 % interval."""
-    table = {}
-    for key in dict.fromkeys((p["split"], p["mode"]) for p in before):
-        pair = [nan_mean(rewards_of(task, [p for p in side if (p["split"], p["mode"]) == key]), 1)
-                for side in (before, after)]
+    table, after = {}, by_split_and_mode(after)
+    for key, part in by_split_and_mode(before).items():
+        pair = [nan_mean(rewards_of(task, side), 1) for side in (part, after[key])]
         gain, low, high = paired_bootstrap(*pair, seed)
-        table[" ".join(key)] = {"before": float(nan_mean(pair[0])),
-                                "after": float(nan_mean(pair[1])), "gain": gain,
-                                "low": low, "high": high, "prompts": len(pair[0])}
+        table[key] = {"before": float(nan_mean(pair[0])), "after": float(nan_mean(pair[1])),
+                      "gain": gain, "low": low, "high": high, "prompts": len(part)}
     return table
 
 
-REPORTED = ("min_p", "reward", "deviation", "win_rate", "diversity", "distinct_2", "duplicates",
-            "words", "codes_used", "code_perplexity", "failed")
-
-
-def arguments() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
-    task_flags(parser, of_run=True)
-    parser.flag("--image-root", None, "folder that relative image paths start from")
-    parser.flag("--encoder", None, "sentence encoder (a local folder) that diversity is measured "
-                "with (default: the base backbone's mean states)")
-    parser.flag("--splits", ["id", "ood"], "which prompts; tune on `valid`, touch tests once",
-                nargs="+", choices=SPLITS)
-    parser.flag("--min-p", None, "latent: codes cannot choose tokens below this share of the "
-                "backbone's best (default: as in training); token: sample none below this share "
-                "of the policy's best (default: 0)", type=float)
-    parser.flag("--prompts", 0, "evaluate on the first N prompts of each split (0: all)")
-    parser.flag("--samples", 4, "sampled answers a prompt; best-of-N is over these")
-    parser.flag("--temperature", 1.0, "action temperature of the sampled answers (paper: 0.1)")
-    parser.flag("--seed", 0, "seed of the sampled answers")
-    parser.flag("--dtype", "auto", "dtype of the backbone", choices=("auto", "float32", "bfloat16"))
-    parser.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    parser.flag("--rescore", None, "recompute every figure of a predictions.jsonl from the saved "
-                                   "replies' text", metavar="FILE")
-    parser.flag("--out", None, "folder for predictions.jsonl and summary.json, so that they do not "
-                "replace those of an earlier evaluation (default: the run's own)", metavar="FOLDER")
-    parser.flag("--report", None, "also write one self-contained HTML page", metavar="FILE")
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(usage="%(prog)s RUN... [flags]", description=__doc__,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
+    add("--splits", nargs="+", choices=SPLITS, default=["id", "ood"],
+        help="which prompts (default: id ood); tune on valid, touch the tests once")
+    add("--prompts", type=count, help="the first N prompts of each split (default: all)")
+    add("--samples", type=count, default=4, help="sampled answers a prompt, for best-of-N too")
+    add("--temperature", type=within(float, 0), default=1.0, help="of these (paper: 0.1)")
+    add("--min-p", type=within(float, 0, 1), help="latent: codes cannot choose tokens below this "
+        "share of the backbone's best (default: as in training); token: sample none below this "
+        "share of the policy's best (default: 0)")
+    add("--seed", type=int, default=0, help="of the sampled answers")
+    add("--rescore", metavar="FILE", help="every figure of a predictions.jsonl again, from the "
+        "saved replies' text")
+    add("--out", metavar="FOLDER", help="for predictions.jsonl and summary.json, so that they do "
+        "not replace those of an earlier evaluation (default: the run's own)")
+    add("--image-root", type=os.path.abspath, help="where relative image paths start")
+    add("--tokens-at-once", type=count, default=16384, help="bounds memory (default: 16384)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    task_flags(parser)
+    parser.set_defaults(task=None)              # not given: the run's own
     return parser
 
 
-def main(args):
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    init_distributed(args.device)
     if args.rescore:
-        if args.runs or args.report:
-            raise UserError("--rescore takes one predictions.jsonl, no runs and no --report")
-        return rescore(args)
+        return rescore(args.rescore)
     if not args.runs:
         raise UserError("name at least one run folder, like runs/tiny/rl-mini-dapo-latent-s0")
-    summaries, pages, yardsticks = {}, {}, {}
+    summaries, yardsticks = {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
         agent = Agent.from_run(folder, args.device, args.dtype)
-        if read_config(folder)["args"]["model"] == "tiny":
-            torch.set_num_threads(1)                # see train_rl.py
         if agent.policy is None:
             raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
-        if args.min_p is not None:
-            agent.min_p = args.min_p
-        own = argparse.Namespace(**read_config(folder)["args"])
-        for key, value in vars(args).items():           # what is given overrides the run's own
-            if value not in (None, False) or not hasattr(own, key):
-                setattr(own, key, value)
-        if own.task is None:
+        run_args = read_config(folder)["args"]
+        if "task" not in read_config(folder)["identity"] and args.task is None:
             raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name "
                             "a --task")
-        own.run_root = folder.resolve().parent.parent
-        task = load_task(own)
-        splits = {s: task.splits[s][:args.prompts or None] for s in args.splits if task.splits[s]}
+        if run_args["model"] == "tiny":
+            torch.set_num_threads(1)            # see train_rl.py
+        if args.min_p is not None:
+            agent.min_p = args.min_p
+        given = {key: value for key, value in vars(args).items() if value is not None}
+        merged = argparse.Namespace(**{**run_args, "image_root": None, **given,
+                                       "run_root": folder.resolve().parent.parent})
+        task = load_task(merged)
+        splits = {s: task.splits[s][:args.prompts] for s in args.splits if task.splits[s]}
         base = agent.structure["base"]
         if base not in yardsticks:
-            yardsticks[base] = sentence_encoder(args.encoder, agent.device) if args.encoder else \
-                functools.partial(backbone_embeddings, Agent.from_base(own))
+            yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged))
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
-        table, predictions = evaluate(
-            agent, task, splits, args.seed,
-            {"greedy": (0.0, 1), "sampled": (args.temperature, args.samples)}, yardsticks[base])
-        shown = (*REPORTED, f"best_of_{args.samples}")
-        say(format_table(str(folder.name), {k: {c: v[c] for c in shown if c in v}
-                                            for k, v in table.items()}))
-        summaries[str(folder)], pages[str(folder)] = table, predictions
+        modes = {"greedy": (0.0, 1), "sampled": (args.temperature, args.samples)}
+        table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
+                                      yardsticks[base])
+        say(format_table(folder.name, {key: {name: value for name, value in row.items()
+                                             if name not in (*task.dimensions, "overall")}
+                                       for key, row in table.items()}))
+        summaries[str(folder)] = table
         if rank() == 0:
             out = Path(args.out) / folder.name if args.out else folder
             out.mkdir(parents=True, exist_ok=True)
             judged_by = {"dimensions": task.dimensions, "lowest": task.lowest}
-            atomic(out / "predictions.jsonl", lambda p: p.write_text(
-                "".join(json.dumps({**row, **judged_by}) + "\n" for row in predictions)))
-            atomic(out / "summary.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+            lines = "".join(json.dumps({**row, **judged_by}) + "\n" for row in predictions)
+            atomic(out / "predictions.jsonl", lambda path: path.write_text(lines))
+            atomic(out / "summary.json", lambda path: path.write_text(json.dumps(table, indent=1)))
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
         say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
             "gives all the same")
     if len(summaries) > 1:
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
-    if args.report and rank() == 0:
-        atomic(Path(args.report), lambda p: p.write_text(report_page(summaries, pages)))
-        say(f"wrote {args.report}")
 
 
 def compare(summaries: dict[str, dict]) -> dict[str, dict]:
     """Runs of a model that differ in seed (`-s<seed>`) or run root alone as one row: mean (std)."""
-    groups = {}
+    groups, rows = {}, {}
     for folder, table in summaries.items():
         name = re.sub(r"-s\d+", "", Path(folder).name)
         groups.setdefault(f"{Path(folder).parent.name}/{name}", []).append(table)
-    rows = {}
     for name, tables in groups.items():
-        row = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
+        rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
             values = [t[key]["reward"] for t in tables if key in t]
             spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
-            row[key] = f"{np.mean(values):.3f}{spread}"
-        rows[name] = row
+            rows[name][key] = f"{np.mean(values):.3f}{spread}"
     return rows
 
 
-def rescore(args):
+def rescore(file: str) -> dict[str, dict]:
     """Every figure again from predictions.jsonl: answers and the text of the judge's replies."""
     try:
-        rows = [json.loads(line) for line in Path(args.rescore).read_text().splitlines()]
-        task = Task(args.rescore, tuple(rows[0]["dimensions"]), BOUNDS, {}, None, 0,
-                    rows[0]["lowest"])
-        table = {f"{split} {mode}": summarise(task, [p for p in rows if (p["split"], p["mode"])
-                                                     == (split, mode)])
-                 for split, mode in dict.fromkeys((p["split"], p["mode"]) for p in rows)}
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        task = Task(file, tuple(rows[0]["dimensions"]), BOUNDS, {}, None, 0, rows[0]["lowest"])
+        table = {key: summarise(task, part) for key, part in by_split_and_mode(rows).items()}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"--rescore {args.rescore}: cannot be read ({error!r}); name a "
-                        "predictions.jsonl that eval.py wrote") from None
-    say(format_table(args.rescore, table))
+        raise UserError(f"--rescore {file}: cannot be read ({error!r}); name a predictions.jsonl "
+                        "that eval.py wrote") from None
+    say(format_table(file, table))
     return table
 
 
-def report_page(summaries: dict, pages: dict) -> str:
-    """One self-contained HTML page: the tables and the first answers of every run."""
-    parts = ["<!doctype html><meta charset=utf-8><title>Evaluation</title><style>body{font:15px "
-             "sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .6em;text-align:right}"
-             "td:first-child{text-align:left}p{white-space:pre-wrap}</style><h1>Evaluation</h1>"]
-    for folder, table in summaries.items():
-        columns = list(dict.fromkeys(c for row in table.values() for c in row))
-        parts.append(f"<h2>{html.escape(folder)}</h2><table><tr><th>"
-                     + "".join(f"<th>{html.escape(c)}" for c in columns))
-        for name, row in table.items():
-            cells = (f"{row[c]:.3f}" if c in row else "" for c in columns)
-            parts.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells))
-        parts.append("</table>")
-        for p in pages[folder][:8]:
-            said = "\n".join(f"{m['role']}: {m['content']}" for m in p["prompt"])
-            parts.append(f"<p><b>{html.escape(said)}</b>\n{html.escape(p['answers'][0])}\n"
-                         f"<i>reference: {html.escape(p['reference'])}</i></p>")
-    return "\n".join(parts)
-
-
 if __name__ == "__main__":
-    launch(main, arguments())
+    launch(main)

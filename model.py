@@ -1,28 +1,38 @@
-"""The model of the kit: a frozen Qwen2.5-VL and the five modules of latent-action control.
+"""The method: a frozen Qwen2.5-VL, the five modules of latent-action control, and rollouts.
 
 Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Latent Actions"
-(arXiv 2601.07516), section 3. A reader meets, top to bottom:
+(arXiv 2601.07516), section 3. Top to bottom:
 
-    runtime      errors for people, ranks, run folders, logs, atomic and exact checkpoints
-    data         dialogue rows -> token tensors with explicit 3-D positions; resumable streams
-    modules      CausalStack (inverse dynamics, policy), WorldModel, Projector; their losses' parts
-    Agent        the backbone and those modules: `states()`, `next_token_logits()`, loading
-    rollouts     one prompt pass for G answers, and the replay of answers from cached inputs
+    modules     CausalStack (inverse dynamics, policy), WorldModel, Projector; what losses share
+    Agent       the backbone and these modules: `states`, `next_token_logits`, loading, `chat`
+    rollouts    `prefill` and `decode` of a group of answers; `replay` of answers from kept states
+    data        dialogue rows -> token tensors with explicit 3-D positions; resumable streams
+    runtime     ranks, flags, predecessors, run folders, exact checkpoints, errors for people
 
-Deviations from the paper or its released code, each because it is simpler, exact or faster:
- 1. The modules see the states of *text* tokens only (the paper indexes e by text tokens), at
-    plain positions 0, 1, 2, ...; the image reaches them through the backbone's attention.
- 2. The text-only pass of a paired row drops the image's tokens (the release leaves unfilled
-    placeholders in), so that the two passes align token by token.
- 3. One merge of state and code in every stage, zero-initialised: an untrained world model is
-    exactly the base model. The release has two merges, whose logits disagree.
- 4. States do not depend on the policy, so a rollout keeps them and the update runs the policy
-    module alone: no backbone, no vision tower, no vocabulary logits.
+    image x^V, text x^T_1..x^T_t
+              |
+    frozen backbone ---------------- e_t in R^d: last hidden state at x^T_t after the final norm
+              |
+    s_t = e^{V,T}_t with an image, mu_P(e^T_t) without one               projector P, P'
+              |
+              +---> policy pi(a_t | s_1..s_t) ---> a_t in 1..|C|        decoder layers, |C|-way head
+              |                                     |
+              |                              c_t = C[a_t] in R^d         codebook
+              v                                     v
+    world model f_world(s_t, a_t): merge of s_t and c_t, the frozen lm_head ---> x_{t+1}
+
+    in training only: inverse dynamics infers a_t from s_1..s_{t+1}, having seen x_{t+1}. It makes
+    the codes (train_idm.py), the policy clones them (train_bc.py), RL trains the policy alone.
+
+States do not depend on the policy. So a rollout keeps them, and its update runs the policy module
+alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4.
 
     from model import Agent
     agent = Agent.from_run("runs/tiny/rl-mini-dapo-latent-s0")
     print(agent.chat("What do you see?", image="picture.png", system="You are ..."))
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
@@ -36,6 +46,7 @@ import json
 import math
 import os
 import random
+import resource
 import shlex
 import shutil
 import subprocess
@@ -57,8 +68,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers import (AutoConfig, AutoTokenizer, DynamicCache,
+                          Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer, Qwen2_5_VLRotaryEmbedding)
 from transformers.utils import cached_file
@@ -72,993 +83,10 @@ except ImportError:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 disable_progress_bar()                                  # of transformers' own loading
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                 "<|video_pad|>")
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"   # what `<image>` in a row stands for
-IMAGE_SIZE = (280, 420)      # height, width of every image at full scale (release's pre-training)
-Image.MAX_IMAGE_PIXELS = 64_000_000                     # PIL refuses twice this: no bombs
+LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss
 
 
-# ---- Runtime ---------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """A mistake outside the code: one line naming file, row and remedy; exit status 2."""
-
-
-class UnusableRow(UserError):
-    """A row that a corpus can do without: left out and counted there, an error elsewhere."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a `UserError`, so that every bad flag is one line as well."""
-
-    def __init__(self, doc: str):
-        self.sized = {}                             # defaults as (tiny, full scale)
-        self.by_stage = lambda args: {}             # the same, depending on other flags
-        super().__init__(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.section = self                         # where flags go: a part of --help
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-    def flag(self, name: str, default, help: str, **kw):
-        """`add_argument` with the type read off the default and the default shown in --help."""
-        if default is False:
-            kw["action"] = "store_true"
-        elif default is not None and "nargs" not in kw:
-            kw.setdefault("type", type(default))
-        silent = default is None or default is False or default == ""
-        shown = "" if silent else f" (default: {default})"
-        self.section.add_argument(name, default=default, help=help + shown, **kw)
-
-    def common_flags(self, **sized):
-        """The flags that every training script shares; the rest stand in the script itself.
-
-        `sized` gives the defaults that depend on the model, each as (tiny, full scale).
-        """
-        self.sized = {"codes": (64, 128), "idm_layers": (2, 4), "policy_layers": (2, 8), **sized}
-        self.section = self.add_argument_group("model, data and run")
-        self.flag("--model", "tiny", "`tiny` (embedded), a Qwen2.5-VL folder or a hub id")
-        self.flag("--paired", None, "corpora of dialogues with images (JSON, JSONL, .gz)",
-                  nargs="+", metavar="FILE")
-        self.flag("--text", None, "corpora of dialogues without images", nargs="+", metavar="FILE")
-        self.flag("--image-root", None, "folder that relative image paths start from "
-                                        "(default: the row's file)")
-        self.flag("--run-root", "runs", "where run folders are kept")
-        self.flag("--name", "", "suffix of this run's folder, for variants")
-        self.flag("--parent", None, "run folder to start from instead of the usual predecessor")
-        self.flag("--seed", 0, "seed of data order, noise and initial weights")
-        self.flag("--steps", None, "optimiser steps" + self.shown("steps"), type=int)
-        self.flag("--lr", None, "peak learning rate" + self.shown("lr"), type=float)
-        if "batch_tokens" in sized:
-            self.flag("--batch-tokens", None, "tokens per optimiser step over all ranks, of each "
-                      "kind of corpus" + self.shown("batch_tokens"), type=int)
-        self.flag("--dtype", "auto", "dtype of the frozen backbone (auto: bfloat16 on CUDA)",
-                  choices=("auto", "float32", "bfloat16"))
-        self.flag("--device", "auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-        self.flag("--fresh", False, "delete this run's folder and start it again")
-        self.section = self.add_argument_group("structure and ablations, with folders of their own")
-        self.flag("--codes", None, "|C|, size of the codebook" + self.shown("codes"), type=int)
-        self.flag("--idm-layers", None, "layers of the inverse dynamics model"
-                  + self.shown("idm_layers"), type=int)
-        self.flag("--policy-layers", None, "layers of the policy" + self.shown("policy_layers"),
-                  type=int)
-        self.flag("--no-text", False, "ablation: no text-only rows")
-        self.flag("--no-projector", False, "ablation: states of text-only rows are e^T itself")
-        self.flag("--no-cycle", False, "ablation: no cycle loss on text-only rows")
-        self.section = self.add_argument_group("this stage")
-
-    def shown(self, name: str) -> str:
-        return " (default: {}, tiny {})".format(*reversed(self.sized[name]))
-
-    def resolve(self, argv=None) -> argparse.Namespace:
-        """Parse, refuse unknown flags and impossible values, fill what depends on the model."""
-        args = self.fill(self.parse_args(argv))
-        for name in self.sized:
-            value = getattr(args, name)
-            if value < 0 or (value == 0 and name != "min_p") or (name == "lr" and value > 10):
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
-        for name in ("task", "task_root", "paired", "text", "image_root"):   # whatever the cwd
-            value = getattr(args, name, None)
-            if isinstance(value, list):
-                setattr(args, name, [os.path.abspath(v) for v in value])
-            elif value and os.path.exists(value) and value not in ("mini", "mmrole", "pcogalign"):
-                setattr(args, name, os.path.abspath(value))
-        if getattr(args, "save_every", 1) < 1:
-            raise UserError("--save-every must be at least 1")
-        return args
-
-    def fill(self, args) -> argparse.Namespace:
-        """`args` with the defaults that depend on the model and on other flags."""
-        for name, (tiny, full) in {**self.sized, **self.by_stage(args)}.items():
-            if getattr(args, name) is None:
-                setattr(args, name, tiny if args.model == "tiny" else full)
-        return args
-
-
-# What a stage hands to a predecessor that it has to run first, as far as that one takes it.
-PROPAGATED = ("model", "task", "task_root", "paired", "text", "image_root", "run_root", "seed",
-              "dtype", "device", "codes", "idm_layers", "policy_layers", "no_text", "no_projector",
-              "no_cycle", "judge_url", "judge_model", "judge_prompt", "judge_key",
-              "judge_threads", "judge_extra", "judge_images")
-
-
-def launch(main, parser: Parser):
-    """Parse, join the process group, run `main(args)`; a `UserError` ends with status 2."""
-    try:
-        args = parser.resolve()
-        init_distributed(args.device)
-        main(args)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def init_distributed(device: str = "auto"):
-    """Join torchrun's process group if there is one: nccl on CUDA, gloo on CPU."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and not dist.is_initialized():
-        cuda = device != "cpu" and torch.cuda.is_available()
-        # Small counts and the judge's results travel on CPU; a slow judge must not look hung.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(hours=6))
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(*words):
-    """Print once, from rank 0."""
-    if rank() == 0:
-        print(*words, flush=True)
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """Sum of a small tensor over all ranks, in float64 so that no count is rounded."""
-    values = values.detach().double()
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gather(part: dict) -> dict:
-    """The union of every rank's dict, on all ranks."""
-    if not dist.is_initialized():
-        return part
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, part)
-    return {k: v for p in parts for k, v in p.items()}
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def key_seed(*keys) -> int:
-    """A seed that depends on the keys alone: the same for any split over ranks and batches."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
-    """Learning-rate factor at `step`: linear warm-up over a share of the steps, cosine decay."""
-    rise = max(1, int(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    share = (step - rise) / max(1, steps - rise)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def reduce_gradients(params: list[nn.Parameter]):
-    """Sum gradients over ranks. Every loss is already divided by its global denominator, so any
-    split over ranks and micro-batches gives the same sum; a rank without rows adds zeros."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(g.view_as(p))
-
-
-def optimizer_step(run: "Run", optimizers: list[torch.optim.Optimizer], row_ids: list[str],
-                   clip: float = 1.0) -> float:
-    """Reduce gradients, clip each optimiser's to norm `clip`, step; returns the largest norm.
-
-    A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
-    """
-    norms = []
-    for optimizer in optimizers:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        reduce_gradients(params)
-        norms.append(nn.utils.clip_grad_norm_(params, clip))
-    norm = torch.stack(norms).max().item()
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    run.skipped_all += run.skipped > 0
-    if run.skipped:
-        say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
-    if run.skipped == 10:
-        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
-                        f"{row_ids[:8]}; lower --lr or look at these rows")
-    for optimizer in optimizers:
-        if not run.skipped:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-# Run folders.
-
-
-def variant(args) -> str:
-    """Folder suffix of what changes a stage's result, so that ablations never collide."""
-    usual = ((64, 2, 2) if args.model == "tiny" else (128, 4, 8))
-    tags = [f"{name.split('_')[0]}{getattr(args, name)}" for name, value in
-            zip(("codes", "idm_layers", "policy_layers"), usual) if getattr(args, name) != value]
-    tags += [t for t in ("no_text", "no_projector", "no_cycle") if getattr(args, t)]
-    return "".join(f"-{tag.replace('_', '')}" for tag in tags)
-
-
-def model_root(args) -> Path:
-    """runs/<model>: a hub id or path becomes one folder name."""
-    return Path(args.run_root) / args.model.strip("/.").replace("/", "--")
-
-
-def folder_of(args, stage: str, name: str = "") -> Path:
-    """A stage's folder; `name` is this run's own suffix, which predecessors do not carry."""
-    return model_root(args) / (stage + variant(args) + (f"-{name}" if name else ""))
-
-
-def task_tag(task: str) -> str:
-    return Path(task).name.split(".")[0]
-
-
-def propagate(args, parser: Parser, **fixed) -> argparse.Namespace:
-    """The predecessor's own defaults (never --lr or --steps of `args`) with what propagates and
-    what is `fixed`."""
-    own = vars(parser.parse_args([]))
-    known = {key: getattr(args, key) for key in PROPAGATED if key in own and hasattr(args, key)}
-    return parser.fill(argparse.Namespace(**{**own, **known, **fixed}))
-
-
-def require(args, folder: Path, script: str, main, parser: Parser, **fixed) -> Path:
-    """The finished predecessor's folder: as it stands, run first (`tiny`), or a clear error."""
-    if args.parent:
-        if not (Path(args.parent) / "model.safetensors").exists():
-            raise UserError(f"--parent {args.parent}: no finished run there (model.safetensors)")
-        return Path(args.parent)
-    other = propagate(args, parser, **fixed)
-    if (folder / "model.safetensors").exists():
-        had = read_config(folder)["args"]
-        differing = [f"--{k.replace('_', '-')} {had.get(k)}, now {getattr(other, k)}"
-                     for k in ("task", "task_root", "paired", "text", "image_root")
-                     if getattr(other, k, None) is not None and had.get(k) != getattr(other, k)
-                     and not (k.startswith("task") and had.get(k) is None)]   # of no task
-        if differing:
-            raise UserError(f"{folder} was trained with other data ({'; '.join(differing)}); use "
-                            "another --run-root, or --parent with a run of your own")
-        return folder
-    if args.model != "tiny":
-        usual = parser.fill(parser.parse_args(["--model", args.model]))
-        words = ["--model", args.model]
-        for key in (*PROPAGATED[1:], *fixed):
-            value = getattr(other, key, None)
-            if key in fixed or value != getattr(usual, key, None):
-                words.append("--" + key.replace("_", "-"))
-                words += [] if value is True else map(str, value if isinstance(value, list)
-                                                      else [value])
-        raise UserError(f"{folder} is missing or unfinished; run first: "
-                        + shlex.join(["python", script, *words]))
-    say(f"{folder} is missing or unfinished: running {script} first")
-    main(other)
-    return folder
-
-
-def read_config(folder) -> dict:
-    """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if {"args", "derived", "parent", "parent_hash", "script_hash"} <= set(config):
-            return config
-        reason = "it is no config of a run"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise UserError(f"{folder}: config.json cannot be used ({reason}); name a run folder, or "
-                    "start this one again with --fresh")
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
-def atomic(path: Path, write):
-    """`write(temporary)`, flush to disk, rename: the file is whole or it is not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())[:90]}); earlier "
-                        "files are intact: free the space or permission and run the same command"
-                        ) from None
-
-
-LOGS = ("log.jsonl", "samples.jsonl")
-
-
-class Run:
-    """One run's folder: config.json, log.jsonl, samples.jsonl, state/, model.safetensors.
-
-    The folder is finished when model.safetensors stands in it. All randomness of the training
-    loops is keyed by seed, step and row, so the state to resume from is weights, optimisers,
-    the step and the data cursors: no generator state.
-    """
-
-    NOT_COMPARED = ("fresh", "run_root", "device", "save_every", "splits", "judge_url", "judge_key",
-                    "judge_threads")                            # these change no weight
-
-    def __init__(self, args, folder: Path, script: str, parent: Path | None, **derived):
-        self.folder, self.started = Path(folder), time.time()
-        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
-        self.save_every = args.save_every
-        if args.fresh and rank() == 0:
-            if (self.folder / "state").exists():
-                self._lock()                        # never under another process's feet
-            shutil.rmtree(self.folder, ignore_errors=True)
-        barrier()
-        self.finished = (self.folder / "model.safetensors").exists()
-        self.config = {
-            "args": dict(vars(args)), "derived": derived,
-            "parent": os.path.relpath(parent, self.folder) if parent else None,
-            "parent_hash": file_hash(parent / "model.safetensors") if parent else None,
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
-            "git": _git_commit(), "script": script,
-            "script_hash": "-".join(file_hash(Path(__file__).with_name(f))
-                                    for f in ("model.py", "eval.py", script)), "argv": sys.argv}
-        config_file = self.folder / "config.json"
-        if config_file.exists():
-            self._check_same(read_config(self.folder))
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds files but no config.json (half deleted?); "
-                            "--fresh starts it again")
-        barrier()                               # every rank has looked before rank 0 writes
-        if rank() == 0 and not self.finished:
-            self._lock()
-            atomic(config_file, lambda p: p.write_text(json.dumps(self.config, indent=1)))
-        barrier()
-        if self.finished:
-            say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
-
-    def _lock(self):
-        """Make state/ and hold its lock until the process ends, however it ends."""
-        try:
-            (self.folder / "state").mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "state" / "lock", "w")
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error.strerror}); "
-                            "choose another --run-root") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.folder}: another process is working on this run; wait for it, "
-                            "or take --name") from None
-
-    def _check_same(self, old: dict):
-        hashes = ("base", "mini", "task_hash")
-        was, now = ({**c["args"], **{k: c["derived"].get(k) for k in hashes},
-                     "parent_hash": c["parent_hash"]} for c in (old, self.config))
-        differing = [k for k in sorted({*was, *now} - set(self.NOT_COMPARED))
-                     if was.get(k) != now.get(k)]
-        if differing:
-            shown = ", ".join(f"{k}: {was.get(k)} -> {now.get(k)}" for k in differing)
-            raise UserError(f"{self.folder} was started with other arguments ({shown}); "
-                            "use --name for a variant or --fresh to redo it")
-        if old["script_hash"] != self.config["script_hash"]:
-            say(f"warning: {self.config['script']}, model.py or eval.py has changed since "
-                f"{self.folder} was started")
-
-    def steps(self, total: int, modules: dict[str, nn.Module], optimizers: list,
-              streams: dict[str, "Stream"] = {}, extra: dict = {}):
-        """Yield the steps that are left, the body of every training loop.
-
-        First weights, optimisers, cursors and `extra` are restored from the last checkpoint, if
-        there is one; a new one is made every `save_every` steps and after the last.
-        """
-        start = self._resume(modules, optimizers, streams, extra)
-        with tqdm(total=total, initial=start, desc=self.folder.name, disable=rank() != 0,
-                  smoothing=0.1, mininterval=1.0) as self.bar:
-            for step in range(start, total):
-                self.began = time.time()
-                yield step
-                if (step + 1) % self.save_every == 0 or step + 1 == total:
-                    self._save(step + 1, modules, optimizers, streams, extra)
-
-    def log(self, row: dict, shown: str):
-        """Append one step's row to log.jsonl (rank 0), numbers rounded to 7 digits, with the
-        step's seconds and the peak memory; `shown` goes to the progress bar."""
-        row = {**row, "skipped": self.skipped_all, "seconds": time.time() - self.began,
-               "peak_memory": peak_memory()}
-        self._append("log.jsonl", [{
-            k: v if not isinstance(v, float) else float(f"{v:.7g}") if math.isfinite(v) else None
-            for k, v in row.items()}])
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
-
-    def _append(self, name: str, rows: list[dict]):
-        if rank() == 0:
-            try:
-                with open(self.folder / name, "a") as f:
-                    f.writelines(json.dumps(row) + "\n" for row in rows)
-            except OSError as error:
-                raise UserError(f"{self.folder / name}: cannot be written ({error.strerror}); the "
-                                "same command continues from the last checkpoint") from None
-
-    def report(self, title: str, table: dict[str, dict[str, float]]):
-        """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
-        if rank() == 0:
-            print(format_table(title, table), flush=True)
-            file = self.folder / "report.json"
-            old = json.loads(file.read_text()) if file.exists() else {}
-            atomic(file, lambda p: p.write_text(json.dumps({**old, title: table}, indent=1)))
-
-    def sample(self, rows: list[dict]):
-        """Append rollouts to samples.jsonl: the thing to look at."""
-        self._append("samples.jsonl", rows)
-
-    def _save(self, step: int, modules: dict, optimizers: list, streams: dict, extra: dict):
-        """Atomic checkpoint after `step` steps: what trains, its optimisers, the data cursors."""
-        if rank() == 0:
-            logs = {name: (self.folder / name).stat().st_size for name in LOGS
-                    if (self.folder / name).exists()}
-            state = {"step": step, "cursors": {k: s.cursor for k, s in streams.items()},
-                     "extra": extra, "logs": logs, "skipped": [self.skipped, self.skipped_all],
-                     "modules": {k: trained_state(m) for k, m in modules.items()},
-                     "optimizers": [o.state_dict() for o in optimizers]}
-            atomic(self.folder / "state" / "last.pt", lambda p: torch.save(state, p))
-
-    def _resume(self, modules: dict, optimizers: list, streams: dict, extra: dict) -> int:
-        """Restore the last checkpoint and cut the logs back to it; the step to go on with."""
-        path, state = self.folder / "state" / "last.pt", {"step": 0, "logs": {}}
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise UserError(f"{path}: is not a checkpoint of this kit ({type(error).__name__});"
-                                " --fresh starts the run again") from None
-            for name, module in modules.items():
-                module.load_state_dict(state["modules"][name], strict=False)
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            for name, stream in streams.items():
-                stream.cursor = state["cursors"][name]
-            extra.update(state["extra"])
-            self.skipped, self.skipped_all = state["skipped"]
-            say(f"continuing {self.folder} at step {state['step']}")
-        for name in LOGS:
-            if rank() == 0 and (self.folder / name).exists():
-                os.truncate(self.folder / name, state["logs"].get(name, 0))
-        barrier()
-        return state["step"]
-
-    def finish(self, modules: dict[str, nn.Module]):
-        """Write model.safetensors (only what this stage trained), drop state/."""
-        if rank() == 0:
-            tensors = {f"{name}.{key}": value.detach().cpu().contiguous()
-                       for name, module in modules.items()
-                       for key, value in trained_state(module).items()}
-            atomic(self.folder / "model.safetensors", lambda p: save_file(tensors, p))
-            shutil.rmtree(self.folder / "state", ignore_errors=True)
-        barrier()
-        minutes = (time.time() - self.started) / 60
-        say(f"{self.folder} finished in {minutes:.1f} min")
-
-
-def format_table(title: str, table: dict[str, dict[str, float]]) -> str:
-    """Plain-text table; columns are the union of the rows' keys, numbers to 4 digits."""
-    columns = list(dict.fromkeys(c for row in table.values() for c in row))
-    def cell(value):
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    lines = [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
-                                   for name, row in table.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n)
-                               for i, (w, n) in enumerate(zip(line, widths))) for line in lines)
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen parameters: a stage saves only what it trained."""
-    wanted = {name for name, p in module.named_parameters() if p.requires_grad}
-    return {k: v for k, v in module.state_dict().items() if k in wanted}
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
-    except OSError:                                 # git is not installed
-        return None
-    return done.stdout.strip() or None
-
-
-def peak_memory() -> int:
-    """Peak bytes: of the CUDA allocator once it is used, else of the process's resident set."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ---- Data ------------------------------------------------------------------------------------
-
-
-def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) -> dict:
-    """One row in the kit's form, or `UserError` naming `where` (file:line).
-
-    Accepts `messages` (role/content, content a string with `<image>` or typed blocks), ShareGPT
-    `conversations` (from/value) and plain `text`; `images` may be missing, [] or ["None"].
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: a row must be a JSON object; fix or remove it")
-    row = {k: v for k, v in raw.items() if k not in ("messages", "conversations", "image")}
-    if "conversations" in raw:
-        names = {"human": "user", "gpt": "assistant", "system": "system", "user": "user",
-                 "assistant": "assistant"}
-        turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
-        messages = [{"role": names.get(m.get("from")), "content": m.get("value")}
-                    if isinstance(m, dict) else m for m in turns]
-        if isinstance(raw.get("system"), str):
-            messages.insert(0, {"role": "system", "content": raw["system"]})
-    elif "messages" in raw:
-        messages = raw["messages"]
-    elif isinstance(raw.get("text"), str):
-        # In web text `<image>` is a tag of its own and no place for a picture.
-        messages = [{"role": "assistant", "content": raw["text"].replace("<image>", "<img>")}]
-    else:
-        raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Data")
-    images = raw.get("images", raw.get("image")) or []
-    images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
-    if not all(isinstance(i, (str, Image.Image)) for i in images):
-        raise UserError(f"{where}: `images` must be a list of paths")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: `messages` is empty; fix or remove the row")
-    row["messages"] = []
-    for message in messages:
-        role, content = (message.get("role"), message.get("content")) \
-            if isinstance(message, dict) else (None, None)
-        if role not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: role {role!r} is not system, user or assistant")
-        if isinstance(content, list):  # typed blocks
-            content = [b if isinstance(b, dict) else {} for b in content]
-            parts = ["<image>" if str(b.get("type")).startswith("image") else b.get("text")
-                     for b in content]
-            content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
-        if not isinstance(content, str):
-            raise UserError(f"{where}: the content of a {role} message is not text")
-        row["messages"].append({"role": role, "content": content})
-    placeholders = sum(m["content"].count("<image>") for m in row["messages"])
-    if images and placeholders == 0:  # leading if absent: before the first user message
-        first = next((m for m in row["messages"] if m["role"] == "user"), None)
-        if first is None:
-            raise UserError(f"{where}: has images but no user message to put them in")
-        first["content"] = "<image>" * len(images) + "\n" + first["content"]
-    elif placeholders != len(images):
-        raise UserError(f"{where}: {placeholders} `<image>` placeholders but {len(images)} images")
-    row["images"] = [i if isinstance(i, Image.Image) else
-                     str(Path(image_root or folder or ".") / i) for i in images]
-    row["id"], row["where"] = str(raw.get("id", where)), where
-    return row
-
-
-def read_rows(files, image_root: str | None = None, position: tuple = (0, 0, 0)):
-    """Yield (row, next position) from JSON or JSONL files, `.gz` too, from `position` on.
-
-    JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
-    (file index, byte offset or array index, line number). Errors: `UserError` with file:line.
-    """
-    for index in range(position[0], len(files)):
-        path = Path(files[index])
-        offset, line = position[1:] if index == position[0] else (0, 0)
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                    try:
-                        rows = json.load(f)
-                    except ValueError as error:
-                        raise UserError(f"{path}: not valid JSON ({error}); fix the file") from None
-                    for n in range(line, len(rows)):
-                        row = normalise_row(rows[n], f"{path}: row {n + 1}", path.parent,
-                                            image_root)
-                        yield row, (index, n + 1, n + 1)
-                    continue
-                f.seek(offset)
-                for raw in iter(f.readline, b""):
-                    line, offset = line + 1, offset + len(raw)
-                    if raw.strip():
-                        try:
-                            data = json.loads(raw)
-                        except ValueError as error:
-                            reason = str(error).split(":")[0]
-                            raise UserError(f"{path}:{line}: not valid JSON in UTF-8 ({reason}); "
-                                            "fix or remove the row") from None
-                        row = normalise_row(data, f"{path}:{line}", path.parent, image_root)
-                        yield row, (index, offset, line)
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); check the path") from None
-
-
-def open_image(image, where: str) -> Image.Image:
-    """A PIL image, header read, pixels not yet decoded; `UserError` naming row and file."""
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        return Image.open(image)
-    except FileNotFoundError:
-        raise UserError(f"{where}: image {image} is missing; see --image-root") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {image} is not a usable image ({error}); replace it or remove "
-                        "the row") from None
-
-
-@dataclass
-class Example:
-    """One tokenised row: T tokens, image placeholders expanded."""
-    id: str
-    where: str                  # file:line for errors
-    ids: Tensor                 # (T,) token ids
-    positions: Tensor           # (3, T) temporal, height, width
-    text: Tensor                # (T,) bool: not a vision token
-    response: Tensor            # (T,) bool: inside an assistant turn, its end of turn included
-    images: list                # PIL images or paths, decoded when the batch is made
-    grids: Tensor               # (n, 3) patches in time, height, width
-
-    def __len__(self):
-        return len(self.ids)
-
-
-def mrope_positions(ids: Tensor, grids: Tensor, image_token: int, merge: int) -> Tensor:
-    """3-D rotary positions of one unpadded row: text (p, p, p), image tokens their grid place.
-
-    ids (T,), grids (n, 3) -> (3, T). Equals transformers' `get_rope_index` for still images
-    (tested), without its dependence on `mm_token_type_ids` and the cached deltas.
-    """
-    positions = torch.empty(3, len(ids), dtype=torch.long)
-    t = p = 0                                       # the next token and its position
-    for frames, height, width in grids.tolist():
-        h, w = height // merge, width // merge
-        start = t + int((ids[t:] == image_token).nonzero()[0])
-        positions[:, t:start] = torch.arange(p, p + start - t)
-        p += start - t
-        place = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
-        t = start + len(place)
-        positions[:, start:t] = place.view(-1, 3).T + p
-        p += max(h, w)
-    positions[:, t:] = torch.arange(p, p + len(ids) - t)
-    return positions
-
-
-@dataclass
-class Batch:
-    """B rows, right-padded: the backbone's view (length T) and the text tokens' view (length M).
-
-    Right padding with a causal mask and explicit positions is exact for the real tokens.
-    """
-    row_ids: list[str]
-    ids: Tensor                 # (B, T)
-    positions: Tensor           # (3, B, T)
-    lengths: Tensor             # (B,)
-    pixels: Tensor | None       # (patches, 1176) of all images
-    grids: Tensor               # (images, 3)
-    text_index: Tensor          # (B, M) where each text token stands in the row
-    tokens: Tensor              # (B, M) text token ids
-    text_lengths: Tensor        # (B,)
-    targets: Tensor             # (B, M) bool: predict tokens[:, t + 1] at t
-    seen_image: Tensor          # (B, M) bool: after the row's first image
-    has_image: Tensor           # (B,) bool
-
-    @property
-    def real(self) -> Tensor:
-        """(B, M) bool: not padding."""
-        return torch.arange(self.tokens.shape[1],
-                            device=self.ids.device) < self.text_lengths[:, None]
-
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
-        at = self.targets[:, :-1]
-        return at, self.tokens[:, 1:][at]
-
-    def to(self, device) -> "Batch":
-        return Batch(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor)
-                        else v for f in fields(self)})
-
-
-class Encoder:
-    """Tokenizer and image processor: conversation -> Example -> Batch."""
-
-    def __init__(self, tokenizer, processor, config):
-        self.tokenizer, self.processor = tokenizer, processor
-        self.merge = config.vision_config.spatial_merge_size
-        self.image_token = config.image_token_id
-        self.pad = tokenizer.pad_token_id
-        self.longest = config.text_config.max_position_embeddings
-        self.vision_ids = torch.tensor(
-            [i for t in VISION_TOKENS if (i := tokenizer.convert_tokens_to_ids(t)) is not None])
-        self.stop_ids = torch.tensor(sorted(
-            {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}))
-        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
-                         "<|im_end|>"}
-        self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
-        self.fixed_size = IMAGE_SIZE if self._budget() >= IMAGE_SIZE[0] * IMAGE_SIZE[1] else None
-
-    def _budget(self) -> int:
-        size = self.processor.size
-        return size["longest_edge"] if isinstance(size, dict) else size.longest_edge
-
-    def grid(self, image: Image.Image, where: str) -> tuple[int, int, int]:
-        """Patches (time, height, width) of an image, from its size alone."""
-        p = self.processor
-        low = p.size["shortest_edge"] if isinstance(p.size, dict) else p.size.shortest_edge
-        height, width = self.fixed_size or (image.height, image.width)
-        try:
-            height, width = smart_resize(height, width, factor=p.patch_size * self.merge,
-                                         min_pixels=low, max_pixels=self._budget())
-        except ValueError as error:
-            raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
-        return 1, height // p.patch_size, width // p.patch_size
-
-    def encode(self, row: dict, prompt: bool = False) -> Example:
-        """Tokenise a row; with `prompt`, without its last assistant turn and ready to answer."""
-        where = row.get("where", f"row {row['id']}")
-        for token in self.reserved:
-            if any(token in m["content"] for m in row["messages"]):
-                raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
-        messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
-                    for m in row["messages"]]
-        if prompt and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=prompt)
-        ids = self.tokenizer.encode(text.rstrip("\n") if not prompt else text,
-                                    add_special_tokens=False)
-        images = [open_image(image, where) for image in row["images"]]
-        grids = torch.tensor([self.grid(image, where) for image in images],
-                             dtype=torch.long).view(-1, 3)
-        counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
-        ids = [i for token in ids
-               for i in [token] * (next(counts) if token == self.image_token else 1)]
-        if prompt and len(ids) > self.longest:
-            raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
-                            f"{self.longest}; shorten it (prompts are never cut)")
-        end, response, k = set(self.stop_ids.tolist()), [False] * len(ids), len(self.turn)
-        for t in range(len(ids)):
-            if ids[t] == self.turn[0] and ids[t:t + k] == self.turn:
-                t += k + 1                          # beyond the newline(s), one token
-                while t < len(ids):
-                    response[t], t = True, t + 1
-                    if ids[t - 1] in end:
-                        break
-        ids = torch.tensor(ids)
-        positions = mrope_positions(ids, grids, self.image_token, self.merge)
-        return Example(row["id"], where, ids, positions, ~torch.isin(ids, self.vision_ids),
-                       torch.tensor(response), row["images"], grids)
-
-    def pixels(self, example: Example) -> Tensor | None:
-        """(patches, 1176) of a row's images, decoded here and not before."""
-        pictures = []
-        for image in example.images:
-            picture = open_image(image, example.where)
-            try:
-                picture = picture.convert("RGB")
-            except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-                raise UserError(f"{example.where}: {image} is truncated or broken "
-                                f"({error}); replace it or remove the row") from None
-            if self.fixed_size:
-                picture = picture.resize(self.fixed_size[::-1], Image.BICUBIC)
-            pictures.append(picture)
-        if not pictures:
-            return None
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-
-    def collate(self, examples: list[Example], responses_only: bool = False) -> Batch:
-        """Right-padded batch; targets are all text tokens, or the responses only (task rows)."""
-        lengths = torch.tensor([len(e) for e in examples])
-        B, T = len(examples), int(lengths.max())
-        ids = torch.full((B, T), self.pad)
-        positions = torch.zeros(3, B, T, dtype=torch.long)
-        text_lengths = torch.tensor([int(e.text.sum()) for e in examples])
-        M = int(text_lengths.max())
-        text_index = torch.zeros(B, M, dtype=torch.long)
-        tokens = torch.full((B, M), self.pad)
-        targets = torch.zeros(B, M, dtype=torch.bool)
-        seen = torch.zeros(B, M, dtype=torch.bool)
-        for b, e in enumerate(examples):
-            n, m = int(lengths[b]), int(text_lengths[b])
-            ids[b, :n], positions[:, b, :n] = e.ids, e.positions
-            index = e.text.nonzero()[:, 0]
-            text_index[b, :m], tokens[b, :m] = index, e.ids[index]
-            wanted = e.text & e.response if responses_only else e.text
-            adjacent = index[1:] == index[:-1] + 1      # not across an image
-            targets[b, :m - 1] = adjacent & wanted[index[1:]]
-            if len(e.grids):
-                seen[b, :m] = index > (e.ids == self.image_token).nonzero()[0, 0]
-        pixels = [p for e in examples if (p := self.pixels(e)) is not None]
-        return Batch([e.id for e in examples], ids, positions, lengths,
-                     torch.cat(pixels) if pixels else None,
-                     torch.cat([e.grids for e in examples]), text_index, tokens, text_lengths,
-                     targets, seen, torch.tensor([len(e.grids) > 0 for e in examples]))
-
-
-class Stream:
-    """Endless shuffled batches of one corpus, resumable at the exact row.
-
-    Rows are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
-    `batch_tokens` real tokens with similar lengths together, and the batches shuffled. The
-    cursor (epoch, where the block starts, batch in the block) rebuilds everything. The global
-    batch is the same for any number of ranks: each tokenises its share of a block for the
-    lengths, and rank r trains on rows r, r + world, ...
-    """
-
-    def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
-                 image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
-                 hold_out: int = 0, responses_only: bool = False):
-        self.responses_only = responses_only
-        self.source, self.encoder, self.seed = source, encoder, seed
-        self.batch_tokens, self.max_tokens, self.block = batch_tokens, max_tokens, block
-        self.image_root, self.begin, self.encoded = image_root, (0, 0, 0), {}
-        self.batches, self.next_start = None, None
-        # The first rows, at most a tenth of the corpus, are held out for the stage's report.
-        head = list(itertools.islice(self._rows(self.begin), 10 * hold_out))
-        head = head[:max(1, len(head) // 10)] if len(head) > 1 else []
-        self.held_out = [example for row, _ in head if (example := self._fit(row))]
-        if head:
-            self.begin = head[-1][1]
-        self.cursor = {"epoch": 0, "start": self.begin, "batch": 0}
-
-    def _rows(self, start):
-        if isinstance(self.source[0], dict):  # rows in memory (the mini world)
-            for n in range(start[1], len(self.source)):
-                yield self.source[n], (0, n + 1, n + 1)
-        else:
-            yield from read_rows(self.source, self.image_root, start)
-
-    def _fit(self, row: dict) -> Example | None:
-        """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
-        if id(row) in self.encoded:
-            return self.encoded[id(row)]
-        messages = list(row["messages"])
-        try:
-            example = self.encoder.encode(row)
-        except UnusableRow:
-            return None
-        while len(example) > self.max_tokens and len(messages) > 1:
-            messages.pop()
-            if messages[-1]["role"] == "assistant":
-                shown = sum(m["content"].count("<image>") for m in messages)
-                example = self.encoder.encode(
-                    {**row, "messages": messages, "images": row["images"][:shown]})
-        example = example if len(example) <= self.max_tokens else None
-        if isinstance(self.source[0], dict):
-            self.encoded[id(row)] = example
-        return example
-
-    def _load_block(self):
-        rows, end = [], self.cursor["start"]
-        for row, end in self._rows(self.cursor["start"]):
-            rows.append(row)
-            if len(rows) == self.block:
-                break
-        if not rows:
-            if self.cursor["start"] == self.begin:
-                raise UserError(f"{self.source}: holds no rows to train on")
-            self.cursor = {"epoch": self.cursor["epoch"] + 1, "start": self.begin, "batch": 0}
-            return self._load_block()
-        self.next_start = end
-        lengths = torch.zeros(len(rows), dtype=torch.long)
-        for n in range(rank(), len(rows), world_size()):
-            example = self._fit(rows[n])
-            lengths[n] = 0 if example is None else len(example)
-        lengths = all_sum(lengths).long().tolist()
-        rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
-        kept = [n for n in range(len(rows)) if lengths[n]]
-        if len(kept) < len(rows):
-            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows left out: they exceed "
-                f"{self.max_tokens} tokens without a message boundary to cut at, or contain a "
-                "literal special token")
-        rng.shuffle(kept)
-        kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order
-        self.batches, total = [[]], 0
-        for n in kept:
-            if total + lengths[n] > self.batch_tokens and self.batches[-1]:
-                self.batches, total = self.batches + [[]], 0
-            self.batches[-1].append(rows[n])
-            total += lengths[n]
-        rng.shuffle(self.batches)
-
-    def next(self) -> list[Example]:
-        """This rank's examples of the next global batch (may be none on a small batch)."""
-        if self.batches is None:
-            self._load_block()
-        if self.cursor["batch"] == len(self.batches):
-            self.cursor = {**self.cursor, "start": self.next_start, "batch": 0}
-            self._load_block()
-        rows = self.batches[self.cursor["batch"]]
-        self.cursor = {**self.cursor, "batch": self.cursor["batch"] + 1}
-        return [self._fit(row) for row in rows[rank()::world_size()]]
-
-
-def micro_batches(examples: list[Example], tokens: int = 16384) -> list[list[Example]]:
-    """Split by padded size, longest rows together; the split never changes the gradient."""
-    batches, width = [], 0
-    for example in sorted(examples, key=len, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * width > tokens:
-            batches, width = batches + [[]], len(example)
-        batches[-1].append(example)
-    return batches
-
-
-# ---- Modules ---------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of a stack in buffers of fixed length: a step writes one column and reads
-    a view, nothing is copied. Decoder layers of transformers accept it as `past_key_values`."""
-
-    def __init__(self, length: int):
-        self.length, self.keys, self.values, self.used = length, {}, {}, {}
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__):
-        """keys, values (B, heads, q, head_dim) -> all of the layer's so far (B, heads, n, ..)."""
-        B, H, q, D = keys.shape
-        if layer not in self.keys:
-            self.keys[layer] = keys.new_empty(B, H, self.length, D)
-            self.values[layer] = keys.new_empty(B, H, self.length, D)
-            self.used[layer] = 0
-        start, end = self.used[layer], self.used[layer] + q
-        self.keys[layer][:, :, start:end] = keys
-        self.values[layer][:, :, start:end] = values
-        self.used[layer] = end
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def expand(self, group: int, extra: int) -> "KVCache":
-        """The cache of P prompts as one of P * group rows with room for `extra` more tokens."""
-        out = KVCache(self.length + extra)
-        for layer in self.keys:
-            n = self.used[layer]
-            out.update(self.keys[layer][:, :, :n].repeat_interleave(group, 0),
-                       self.values[layer][:, :, :n].repeat_interleave(group, 0), layer)
-        return out
-
-    def keep(self, rows: Tensor):
-        """Drop all rows but `rows` (finished answers stop costing)."""
-        for layer in self.keys:
-            self.keys[layer] = self.keys[layer][rows]
-            self.values[layer] = self.values[layer][rows]
+# ---- The five modules ------------------------------------------------------------------------
 
 
 def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=None) -> Tensor:
@@ -1098,7 +126,7 @@ class CausalStack(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_backbone(cls, backbone, n_layers: int) -> "CausalStack":
+    def from_backbone(cls, backbone, n_layers: int) -> CausalStack:
         """A copy of the backbone's last layers, norm and output head, fp32, untied."""
         text = backbone.model.language_model
         with torch.device("meta"):
@@ -1180,8 +208,16 @@ class Projector(nn.Module):
         self.P, self.P_inv = GaussianMap(width), GaussianMap(width)
 
 
+def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
+    """function(*tensors) -> tuple of tensors, computed `rows` rows at a time and again in the
+    backward pass, so that what it makes inside never exists for all rows at once."""
+    parts = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(*(x.split(max(1, rows)) for x in tensors))]
+    return [torch.cat(outputs) for outputs in zip(*parts)]
+
+
 def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | None = None,
-                   chunk: int = 2 ** 24) -> Tensor:
+                   chunk: int = LOGITS_AT_ONCE) -> Tensor:
     """log softmax(head(x) + bias) at targets, in chunks recomputed in the backward pass.
 
     x (K, d), targets (K,), bias (vocab,) or None -> (K,) fp32. At most `chunk` logits exist at
@@ -1190,43 +226,43 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     def piece(x, targets):
         logits = head(x).float()
         logits = logits if bias is None else logits + bias
-        return -F.cross_entropy(logits, targets, reduction="none")
-    rows = max(1, chunk // head.out_features)
-    out = [checkpoint(piece, x[i:i + rows], targets[i:i + rows], use_reentrant=False)
-           if torch.is_grad_enabled() else piece(x[i:i + rows], targets[i:i + rows])
-           for i in range(0, max(1, len(x)), rows)]
-    return torch.cat(out)
+        return (-F.cross_entropy(logits, targets, reduction="none"),)
+    return in_chunks(piece, chunk // head.out_features, x, targets)[0]
 
 
 def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,
                       bias: Tensor | None = None, reference: CausalStack | None = None,
-                      reference_x: Tensor | None = None, chunk: int = 2 ** 24):
+                      reference_x: Tensor | None = None, chunk: int = LOGITS_AT_ONCE):
     """Log-prob of each action, entropy, and divergence from a reference, in chunks.
 
     x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`) and
     temperature are those the actions were sampled with. Returns (logp, entropy, reference logp
     or None, exact KL(policy || reference) summed over the actions or None), each (K,) fp32.
     """
-    def piece(x, actions, reference_x):
-        def log_softmax(stack, x):
-            logits = stack.head(x).float() / temperature
-            return F.log_softmax(logits if bias is None else logits + bias, -1)
-        logps = log_softmax(policy, x)
-        p, at = logps.exp(), actions[:, None]
+    def log_softmax(stack, x):
+        logits = stack.head(x).float() / temperature
+        return F.log_softmax(logits if bias is None else logits + bias, -1)
+
+    def piece(x, actions, reference_x=None):
+        logps = log_softmax(policy, x)                  # (K, n)
+        p, chosen = logps.exp(), actions[:, None]
         safe = logps.masked_fill(p == 0, 0)             # 0 log 0 = 0 on the masked support
-        out = [logps.gather(1, at)[:, 0], -(p * safe).sum(-1)]
+        out = [logps.gather(1, chosen)[:, 0], -(p * safe).sum(-1)]
         if reference_x is not None:
             with torch.no_grad():
                 ref = log_softmax(reference, reference_x)
             kl = (p * (safe - ref.masked_fill(p == 0, 0))).sum(-1)
-            out += [ref.gather(1, at)[:, 0], kl]
+            out += [ref.gather(1, chosen)[:, 0], kl]
         return tuple(out)
-    rows = max(1, chunk // policy.head.out_features)
-    pieces = [checkpoint(piece, x[i:i + rows], actions[i:i + rows],
-                         None if reference_x is None else reference_x[i:i + rows],
-                         use_reentrant=False) for i in range(0, max(1, len(x)), rows)]
-    out = [torch.cat(parts) for parts in zip(*pieces)]
+    tensors = (x, actions) if reference_x is None else (x, actions, reference_x)
+    out = in_chunks(piece, chunk // policy.head.out_features, *tensors)
     return tuple(out) if reference_x is not None else (*out, None, None)
+
+
+def key_seed(*keys) -> int:
+    """A seed that depends on the keys alone: the same for any split over ranks and batches."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def keyed_gumbel(row_ids: list[str], lengths, n: int, *keys) -> Tensor:
@@ -1243,51 +279,6 @@ def keyed_gumbel(row_ids: list[str], lengths, n: int, *keys) -> Tensor:
 
 
 # ---- Agent -----------------------------------------------------------------------------------
-
-
-def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
-              vocab: int = 1024) -> tuple:
-    """The embedded `tiny` architecture, untrained: a real Qwen2.5-VL of about 0.8M parameters.
-
-    Its byte-level BPE tokenizer (Qwen's special tokens, any text round-trips) is fitted to
-    `texts`. Returns (model, tokenizer, image processor), to be saved as an ordinary folder.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=special, clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    ids = tokenizer.convert_tokens_to_ids
-    heads = 4
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 5 // 2,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
-            max_position_embeddings=4096, bos_token_id=ids("<|endoftext|>"),
-            eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                             "mrope_section": [width // heads // 2 // 4,
-                                               *[width // heads // 2 * 3 // 8] * 2]}),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
-                           out_hidden_size=width, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True)
-    torch.manual_seed(key_seed(seed, "base"))
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    return model, tokenizer, processor
 
 
 def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
@@ -1324,6 +315,18 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]
 
 
+def text_positions(x: Tensor) -> Tensor:
+    """Plain positions 0..M-1 of text tokens, x (B, M, ...) -> (B, M)."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters to `dtype` in place, but not the rotary frequencies, which stay fp32."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
+
+
 class Agent(nn.Module):
     """The frozen backbone and the modules of the method that a stage needs.
 
@@ -1347,20 +350,22 @@ class Agent(nn.Module):
         self.register_buffer("token_bias", bias.to(backbone.device), persistent=False)
 
     @classmethod
-    def from_base(cls, args) -> "Agent":
+    def from_base(cls, args, dtype: torch.dtype | None = None) -> Agent:
         """The backbone alone, on this rank's device, with the structure that `args` asks for."""
         cuda = args.device != "cpu" and torch.cuda.is_available()
-        dtype = {"auto": torch.bfloat16 if cuda else torch.float32, "float32": torch.float32,
-                 "bfloat16": torch.bfloat16}[args.dtype]
+        auto = "bfloat16" if cuda else "float32"
+        dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
-        structure = {k: getattr(args, k) for k in ("codes", "idm_layers", "policy_layers",
-                                                   "no_projector")}
-        structure["base"] = str(path)
+        structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
+        structure |= {"no_projector": args.no_projector, "base": str(path)}
         model = model.to("cuda" if cuda else "cpu")
-        return cls(model, Encoder(tokenizer, processor, model.config), structure)
+        agent = cls(model, Encoder(tokenizer, processor, model.config), structure)
+        if args.model == "tiny":
+            agent.base_hash = file_hash(path / "model.safetensors")
+        return agent
 
-    def make(self, *names: str, seed: int = 0) -> "Agent":
+    def make(self, *names: str, seed: int = 0) -> Agent:
         """Create untrained modules by name, initialised from `seed`, fp32, trainable."""
         n, config = self.structure, self.text_config
         makers = {
@@ -1375,56 +380,55 @@ class Agent(nn.Module):
             setattr(self, name, makers[name]().to(self.device))
         return self
 
-    def make_token_policy(self) -> "Agent":
+    def make_token_policy(self) -> Agent:
         """The token-level baseline: its policy is a copy of the backbone's last layers."""
         self.space = "token"
         self.policy = CausalStack.from_backbone(self.backbone, min(
             self.structure["policy_layers"], self.text_config.num_hidden_layers))
         return self
 
-    def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> "Agent":
+    def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> Agent:
         """Load what `folder` and its parents trained, the nearest last; frozen until asked for."""
-        config, path = read_config(folder), Path(folder) / "model.safetensors"
+        folder, config = Path(folder), read_config(folder)
+        path = folder / "model.safetensors"
         if config["parent"]:
-            parent = Path(folder) / config["parent"]
+            parent = folder / config["parent"]
             self.load_run(parent, skip)
-            if file_hash(parent / "model.safetensors") != config["parent_hash"]:
+            if read_config(parent)["sha256"] != config["parent_sha256"]:
                 raise UserError(f"{folder}: was trained on an earlier {parent.name}, which has "
                                 "been redone since; redo this run as well (--fresh)")
-        if not path.exists():
-            raise UserError(f"{folder}: is not a finished run (no model.safetensors)")
-        if config["derived"]["base"] != self.base_hash:
+        if config["base"] != self.base_hash:
             raise UserError(f"{folder}: was trained on another base model than --model "
                             f"{self.structure['base']}; redo it with --fresh or name its own base")
-        try:
-            state = load_file(path, device=str(self.device))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        if config["derived"].get("space") == "token" and self.space != "token":
+        if not path.exists() or file_hash(path) != config["sha256"]:
+            raise UserError(f"{path}: is not what its run finished with; restore it, or redo the "
+                            "run with --fresh")
+        tensors = load_file(path, device=str(self.device))
+        if config["space"] == "token" and self.space != "token":
             self.make_token_policy()
-        for name in sorted({key.split(".")[0] for key in state} - set(skip)):
-            part = {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + ".")}
-            if name != "backbone" and getattr(self, name, None) is None:
+        for name in sorted({key.split(".")[0] for key in tensors} - set(skip)):
+            part = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
+            if name != "backbone" and getattr(self, name) is None:
                 self.make(name)
             module = getattr(self, name)
-            own = module.state_dict()
-            if any(k not in own or own[k].shape != v.shape for k, v in part.items()):
-                wrong = next(k for k, v in part.items() if k not in own or own[k].shape != v.shape)
-                raise UserError(f"{path}: {name}.{wrong} does not fit this base model, codebook or "
-                                "layer count; name the run's own --model, --codes, --*-layers")
+            shapes = {key: value.shape for key, value in module.state_dict().items()}
+            if wrong := [key for key, value in part.items() if shapes.get(key) != value.shape]:
+                raise UserError(f"{path}: {name}.{wrong[0]} does not fit; name the run's own "
+                                "--model, --codes and --*-layers")
             module.load_state_dict(part, strict=False)
             module.requires_grad_(False)
         return self
 
     @classmethod
     def from_run(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
-                 skip: tuple[str, ...] = ("idm",)) -> "Agent":
+                 skip: tuple[str, ...] = ("idm",)) -> Agent:
         """A trained agent from its run folder alone."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype = device, dtype
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
         agent = cls.from_base(args).load_run(folder, skip).eval()
+        agent.train_only()
         agent.min_p = getattr(args, "min_p", 0.0)
         return agent
 
@@ -1442,12 +446,13 @@ class Agent(nn.Module):
                               enabled=self.dtype != torch.float32)
 
     def train_only(self, *names: str) -> dict[str, nn.Module]:
-        """Freeze everything but the named modules; returns them by name."""
-        self.requires_grad_(False)
-        modules = {name: getattr(self, name) for name in names}
-        for module in modules.values():
-            module.requires_grad_(True)
-        return modules
+        """Freeze all but the named modules, and keep what is frozen in the backbone's dtype;
+        returns the named ones, whose fp32 weights train."""
+        for name, module in self.named_children():
+            module.requires_grad_(name in names)
+            if name not in names:
+                cast(module, self.dtype)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def layers(self):
@@ -1514,21 +519,18 @@ class Agent(nn.Module):
         x = self.world(states, self.codebook(actions)).to(states.dtype)
         logits = self.backbone.lm_head(x).float() + self.token_bias
         if self.min_p:
-            own = self.backbone.lm_head(states).float() + self.token_bias
-            logits = logits + min_p_bias(own, self.min_p)
+            backbone = self.backbone.lm_head(states).float() + self.token_bias
+            logits = logits + min_p_bias(backbone, self.min_p)
         return logits
 
-    def acting(self) -> "Agent":
-        """A view of this agent whose trained modules are copies in the backbone's dtype: what
-        rollouts run. Itself in fp32."""
-        if self.dtype == torch.float32:
-            return self
+    def acting(self) -> Agent:
+        """This agent as rollouts run it: what trains in fp32 as a copy in the backbone's dtype."""
         actor = copy.copy(self)
-        actor._modules = {name: module if name == "backbone" or module is None
-                          else copy.deepcopy(module) for name, module in self._modules.items()}
-        for name, module in actor._modules.items():
-            for p in module.parameters() if module is not None and name != "backbone" else ():
-                p.data = p.data.to(self.dtype)      # not the rotary frequencies, which stay fp32
+        actor._modules = dict(self._modules)
+        for name in ("projector", "codebook", "world", "policy"):
+            module = getattr(self, name)
+            if module is not None and next(module.parameters()).dtype != self.dtype:
+                actor._modules[name] = cast(copy.deepcopy(module), self.dtype)
         return actor
 
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
@@ -1543,42 +545,38 @@ class Agent(nn.Module):
                        temperature, [seed]).texts[0]
 
 
-def text_positions(x: Tensor) -> Tensor:
-    """Plain positions 0..M-1 of text tokens, x (B, M, ...) -> (B, M)."""
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-
-
 # ---- Rollouts --------------------------------------------------------------------------------
 
 
-@dataclass
-class Rollout:
-    """N = P prompts x G answers of at most T tokens, with all that an update needs.
+class KVCache:
+    """Keys and values of a stack in buffers of fixed length: a step writes one column and reads
+    a view, nothing is copied. Decoder layers of transformers accept it as `past_key_values`."""
 
-    `inputs[:, t]` is what the policy read when it took action t (a state, or in token space the
-    input of its first layer); `prompt` holds the inputs before the first answer's, padded.
-    """
-    texts: list[str]            # N decoded answers
-    tokens: Tensor              # (N, T) x_{t+1} given action t
-    actions: Tensor             # (N, T)
-    logps: Tensor               # (N, T) log pi(a_t) at the sampling temperature and support
-    mask: Tensor                # (N, T) bool: up to and including the end of turn
-    finished: Tensor            # (N,) bool: ended its turn within max_new_tokens
-    inputs: Tensor              # (N, T, d)
-    positions: Tensor           # (3, N, T) of the inputs
-    prompt: Tensor              # (P, L, d)
-    prompt_positions: Tensor    # (3, P, L)
-    prompt_mask: Tensor         # (P, L) bool: real, and before the first answer input
-    group: int
+    def __init__(self, length: int):
+        self.length, self.buffers, self.used = length, {}, {}
 
-    def select(self, prompts: list[int]) -> "Rollout":
-        """The rollout of some of its prompts with all their answers."""
-        p = torch.tensor(prompts, device=self.mask.device)
-        n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
-        return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
-                       self.logps[n], self.mask[n], self.finished[n], self.inputs[n],
-                       self.positions[:, n], self.prompt[p], self.prompt_positions[:, p],
-                       self.prompt_mask[p], self.group)
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__):
+        """keys, values (B, heads, q, head_dim) -> all of the layer's so far (B, heads, n, ..)."""
+        B, H, q, D = keys.shape
+        if layer not in self.buffers:
+            self.buffers[layer], self.used[layer] = keys.new_empty(2, B, H, self.length, D), 0
+        start, end = self.used[layer], self.used[layer] + q
+        for buffer, new in zip(self.buffers[layer], (keys, values)):
+            buffer[:, :, start:end] = new
+        self.used[layer] = end
+        return self.buffers[layer][:, :, :, :end].unbind()
+
+    def expand(self, group: int, extra: int) -> KVCache:
+        """The cache of P prompts as one of P * group rows with room for `extra` more tokens."""
+        out = KVCache(self.length + extra)
+        for layer, buffer in self.buffers.items():
+            used = buffer[:, :, :, :self.used[layer]]
+            out.update(*used.repeat_interleave(group, 1), layer)
+        return out
+
+    def keep(self, rows: Tensor):
+        """Drop all rows but `rows` (finished answers stop costing)."""
+        self.buffers = {layer: buffer[:, rows] for layer, buffer in self.buffers.items()}
 
 
 def min_p_bias(logits: Tensor, min_p: float) -> Tensor:
@@ -1603,76 +601,86 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return actions, logps.gather(1, actions[:, None])[:, 0]
 
 
-@torch.no_grad()
-def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: int,
-            temperature: float = 1.0, seeds: list[int] | None = None,
-            check_every: int = 4) -> Rollout:
-    """Sample `group` answers to every prompt (section 3, RL): a_t ~ pi(. | s_1..s_t),
-    x_{t+1} = argmax f_world(s_t, a_t), until the end of turn.
+@dataclass
+class Prefix:
+    """P prompts after one pass over each: what decoding goes on from.
 
-    Prompt and image are encoded once and the caches expanded to the group; prompts of different
-    lengths stay exact because padded keys are masked and every position is explicit. `seeds`
-    (one a prompt) fix the draws. Finished answers leave the batch every `check_every` tokens,
-    which is also the only host sync. `temperature` 0 takes the best action.
+    The policy's inputs are states at plain text positions, or in token space the input of its
+    first layer at the backbone's own positions.
     """
-    actor, device = agent.acting(), agent.device
-    batch = actor.encoder.collate(prompts).to(device)
-    P, T = batch.ids.shape
-    N = P * group
-    token_space = actor.space == "token"
-    uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
-                                      .manual_seed(seed)) for seed in seeds or [0] * P])
-    uniform = uniform.view(N, max_new_tokens).to(device)
-    stop_ids = actor.encoder.stop_ids.to(device)
+    cache: KVCache              # of the frozen layers, over T tokens
+    real: Tensor                # (P, T) bool: not padding
+    policy_cache: KVCache       # of the policy, over L inputs
+    policy_real: Tensor         # (P, L) bool
+    inputs: Tensor              # (P, L, d)
+    positions: Tensor           # (3, P, L) of the inputs
+    last: Tensor                # (P,) index of each prompt's last input
+    hidden: Tensor              # (P, d) of the policy at its last input, normed
+    next_position: Tensor       # (P,) of the first answer token in the backbone
+    policy_next: Tensor         # (P,) and in the policy
+    has_image: Tensor           # (P,) bool
 
-    # Prefill: the frozen trunk and the policy over each prompt, once.
-    cache = KVCache(T)
-    if token_space:
-        prompt = actor.trunk(actor.embed(batch), batch.positions, cache)
-        positions, lengths = batch.positions, batch.lengths
+
+def prefill(actor: Agent, batch: Batch) -> Prefix:
+    """The frozen trunk and the policy over each prompt, once for all its answers."""
+    prompts = torch.arange(len(batch.ids), device=batch.ids.device)
+    cache = KVCache(batch.ids.shape[1])
+    real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
+    next_position = batch.positions[:, prompts, batch.lengths - 1].max(0).values + 1
+    if actor.space == "token":
+        inputs = actor.trunk(actor.embed(batch), batch.positions, cache)
+        positions, policy_real = batch.positions, real
     else:
-        prompt = actor.project(actor.embeddings(batch, cache), batch.has_image)
-        positions, lengths = text_positions(prompt).expand(3, -1, -1), batch.text_lengths
-    policy_cache = KVCache(prompt.shape[1])
-    hidden = actor.policy.hidden(prompt, positions, policy_cache)
-    rows = torch.arange(P, device=device)
-    last = lengths - 1
+        inputs = actor.project(actor.embeddings(batch, cache), batch.has_image)
+        positions, policy_real = text_positions(inputs).expand(3, -1, -1), batch.real
+    last = policy_real.sum(1) - 1
+    policy_next = next_position if actor.space == "token" else positions[0, prompts, last] + 1
+    policy_cache = KVCache(inputs.shape[1])
+    hidden = actor.policy.hidden(inputs, positions, policy_cache)
+    return Prefix(cache, real, policy_cache, policy_real, inputs, positions, last,
+                  hidden[prompts, last], next_position, policy_next, batch.has_image)
 
-    def grow(x):                                    # a prompt's tensor for each of its answers
+
+def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperature: float,
+           check_every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Answer all prompts, `group` times each, a token at a time: a_t ~ pi(. | s_1..s_t), then
+    x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
+
+    uniform (N, T) in [0, 1) fixes the draws. Finished answers leave the batch every `check_every`
+    tokens, which is also the only host sync. Returns tokens (N, T), actions (N, T), their
+    log-probs (N, T) and the policy's inputs (N, T, d).
+    """
+    def each(x):                                    # a prompt's tensor for each of its answers
         return x.repeat_interleave(group, 0)
 
-    def key_mask(lengths, width):                   # (N, 1, 1, width + T) or None if unpadded
-        if bool((lengths == width).all()):
-            return None
-        real = torch.arange(width, device=device) < lengths[:, None]
-        real = F.pad(real, (0, max_new_tokens), value=True)
-        return grow(real)[:, None, None]
+    def padding_mask(real):                         # (N, 1, 1, length + T), None if all is real
+        real = F.pad(real, (0, T), value=True)
+        return None if bool(real.all()) else each(real)[:, None, None]
 
-    cache, mask = cache.expand(group, max_new_tokens), key_mask(batch.lengths, T)
-    policy_cache = policy_cache.expand(group, max_new_tokens)
-    policy_mask = key_mask(lengths, prompt.shape[1])
-    s, h = grow(prompt[rows, last]), grow(hidden[rows, last])          # (N, d)
-    after = batch.positions[:, rows, batch.lengths - 1].max(0).values + 1
-    next_position = grow(after)                                        # (N,)
-    policy_position = grow(positions[0, rows, last])                   # of the current input
-    has_image = grow(batch.has_image)
-
-    tokens = torch.full((N, max_new_tokens), actor.encoder.pad, device=device)
-    actions, logps = torch.zeros_like(tokens), torch.zeros(N, max_new_tokens, device=device)
-    inputs = prompt.new_zeros(N, max_new_tokens, prompt.shape[-1])
+    (N, T), device = uniform.shape, uniform.device
+    embed_tokens = actor.backbone.model.language_model.embed_tokens
+    cache, policy_cache = prefix.cache.expand(group, T), prefix.policy_cache.expand(group, T)
+    mask, policy_mask = padding_mask(prefix.real), padding_mask(prefix.policy_real)
+    position, policy_position = each(prefix.next_position), each(prefix.policy_next)
+    has_image, h = each(prefix.has_image), each(prefix.hidden)             # h (N, d)
+    s = each(prefix.inputs[torch.arange(len(prefix.last), device=device), prefix.last])   # (N, d)
+    tokens = torch.full((N, T), actor.encoder.pad, device=device)
+    actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
+    inputs = s.new_zeros(N, T, s.shape[-1])
+    stop_ids = actor.encoder.stop_ids.to(device)
     stopped = torch.zeros(N, dtype=torch.bool, device=device)
     alive = torch.arange(N, device=device)          # rows of the outputs still running
-    for t in range(max_new_tokens):
+    for t in range(T):
         logits = actor.policy.head(h).float()
-        if token_space:
+        if actor.space == "token":
             logits = logits + actor.token_bias
             if actor.min_p:                         # evaluation only: train_rl.py refuses it
                 logits = logits + min_p_bias(logits, actor.min_p)
         a, logp = choose(logits, uniform[alive, t], temperature)
-        x = a if token_space else actor.next_token_logits(s, a).argmax(-1)
+        x = a if actor.space == "token" else actor.next_token_logits(s, a).argmax(-1)
         tokens[alive, t], actions[alive, t], logps[alive, t], inputs[alive, t] = x, a, logp, s
         stopped[alive] |= torch.isin(x, stop_ids)
-        if t + 1 == max_new_tokens:
+        if t + 1 == T:
             break
         if (t + 1) % check_every == 0:
             keep = (~stopped[alive]).nonzero()[:, 0]
@@ -1680,44 +688,99 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
                 break
             if len(keep) < len(alive):
                 alive, x, has_image = alive[keep], x[keep], has_image[keep]
-                next_position, policy_position = next_position[keep], policy_position[keep]
+                position, policy_position = position[keep], policy_position[keep]
                 cache.keep(keep)
                 policy_cache.keep(keep)
                 mask = None if mask is None else mask[keep]
                 policy_mask = None if policy_mask is None else policy_mask[keep]
         # The next state needs the token alone; earlier keys and values are in the cache.
-        width = T + t + 1
-        e = actor.trunk(actor.backbone.model.language_model.embed_tokens(x)[:, None],
-                        (next_position + t)[:, None], cache,
-                        None if mask is None else mask[..., :width])
-        s = e if token_space else actor.project(e, has_image)
-        where = next_position + t if token_space else policy_position + t + 1
+        e = actor.trunk(embed_tokens(x)[:, None], (position + t)[:, None], cache,
+                        None if mask is None else mask[..., :prefix.cache.length + t + 1])
+        s = e if actor.space == "token" else actor.project(e, has_image)
         h = actor.policy.hidden(
-            s, where[:, None], policy_cache,
-            None if policy_mask is None else policy_mask[..., :prompt.shape[1] + t + 1])[:, 0]
+            s, (policy_position + t)[:, None], policy_cache, None if policy_mask is None
+            else policy_mask[..., :prefix.policy_cache.length + t + 1])[:, 0]
         s = s[:, 0]
+    return tokens, actions, logps, inputs
 
-    ends = torch.isin(tokens, stop_ids)
-    finished = ends.any(1)
+
+@dataclass
+class Rollout:
+    """N = P prompts x G answers of at most T tokens, with all that an update needs.
+
+    `inputs[:, t]` is what the policy read when it took action t (a state, or in token space the
+    input of its first layer); `prompt` holds the inputs before the first answer's, padded.
+    """
+    texts: list[str]            # N decoded answers
+    tokens: Tensor              # (N, T) x_{t+1} given action t
+    actions: Tensor             # (N, T)
+    logps: Tensor               # (N, T) log pi(a_t) at the sampling temperature and support
+    mask: Tensor                # (N, T) bool: up to and including the end of turn
+    finished: Tensor            # (N,) bool: ended its turn within max_new_tokens
+    inputs: Tensor              # (N, T, d)
+    positions: Tensor           # (3, N, T) of the inputs
+    prompt: Tensor              # (P, L, d)
+    prompt_positions: Tensor    # (3, P, L)
+    prompt_mask: Tensor         # (P, L) bool: real, and before the first answer input
+    group: int
+
+    def select(self, prompts: list[int]) -> Rollout:
+        """The rollout of some of its prompts with all their answers."""
+        p = torch.tensor(prompts, device=self.mask.device)
+        n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
+        return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
+                       self.logps[n], self.mask[n], self.finished[n], self.inputs[n],
+                       self.positions[:, n], self.prompt[p], self.prompt_positions[:, p],
+                       self.prompt_mask[p], self.group)
+
+
+@torch.no_grad()
+def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: int,
+            temperature: float = 1.0, seeds: list[int] | None = None,
+            check_every: int = 4) -> Rollout:
+    """Sample `group` answers to every prompt (section 3, RL), until the end of turn.
+
+    Prompt and image are encoded once and the caches expanded to the group; prompts of different
+    lengths stay exact because padded keys are masked and every position is explicit. `seeds`
+    (one a prompt) fix the draws. `temperature` 0 takes the best action.
+    """
+    actor, device, N = agent.acting(), agent.device, len(prompts) * group
+    uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
+                                      .manual_seed(seed)) for seed in seeds or [0] * len(prompts)])
+    prefix = prefill(actor, actor.encoder.collate(prompts).to(device))
+    tokens, actions, logps, inputs = decode(
+        actor, prefix, group, uniform.view(N, -1).to(device), temperature, check_every)
+
+    ends = torch.isin(tokens, actor.encoder.stop_ids.to(device))
+    finished, step = ends.any(1), torch.arange(max_new_tokens, device=device)
     length = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)
-    n = int(length.max())
-    step = torch.arange(max_new_tokens, device=device)
-    answer_mask = step < length[:, None]
-    # Position of input t: the last prompt token's, then the answer's own.
-    first = grow(positions[:, rows, last].T).T                          # (3, N)
-    later = grow(after) if token_space else first[0] + 1
-    answer_positions = torch.cat([first[..., None], (later[:, None] + step[:-1])
-                                  .expand(3, -1, -1)], -1)
-    prompt_mask = torch.arange(prompt.shape[1], device=device) < last[:, None]
+    mask, n = step < length[:, None], int(length.max())
     texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
-             for row, m, e in zip(tokens.cpu(), answer_mask.cpu(), ends.cpu())]
-    return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], answer_mask[:, :n],
-                   finished, inputs[:, :n], answer_positions[:, :, :n], prompt, positions,
+             for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
+    # Positions of the policy's inputs: the last prompt token's, then the answer's own.
+    first = prefix.positions[:, torch.arange(len(prompts), device=device), prefix.last]   # (3, P)
+    later = (prefix.policy_next[:, None] + step[:-1]).expand(3, -1, -1)
+    positions = torch.cat([first[..., None], later], -1).repeat_interleave(group, 1)
+    prompt_mask = text_positions(prefix.inputs) < prefix.last[:, None]
+    return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], finished,
+                   inputs[:, :n], positions[:, :, :n], prefix.inputs, prefix.positions,
                    prompt_mask, group)
 
 
+def split_prompts(prompts: list[Example], group: int, max_new_tokens: int,
+                  tokens_at_once: int) -> list[list[int]]:
+    """Consecutive prompts (indices) whose rollout holds at most that many tokens, or one prompt."""
+    parts, longest = [], 0
+    for i, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt))
+        if not parts or (len(parts[-1]) + 1) * group * (longest + max_new_tokens) > tokens_at_once:
+            parts, longest = parts + [[]], len(prompt)
+        parts[-1].append(i)
+    return parts
+
+
 def replay(policy: CausalStack, r: Rollout) -> Tensor:
-    """The policy's normed hidden states at every answer position, from cached inputs (N, T, d).
+    """The policy's normed hidden states at every answer position, from kept inputs (N, T, d).
 
     One pass over each prompt, with gradient if enabled; its keys and values are expanded to the
     group's answers. Equals the rollout's own incremental pass (tested).
@@ -1730,3 +793,944 @@ def replay(policy: CausalStack, r: Rollout) -> Tensor:
     before = r.prompt_mask.repeat_interleave(r.group, 0)[:, None].expand(-1, T, -1)
     mask = torch.cat([before, causal.expand(len(before), -1, -1)], -1)[:, None]
     return policy.hidden(r.inputs, r.positions, cache, mask)
+
+
+# ---- Data: from rows to batches --------------------------------------------------------------
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                 "<|video_pad|>")
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"   # what `<image>` in a row stands for
+IMAGE_SIZE = (280, 420)      # height, width of every image at full scale (release's pre-training)
+Image.MAX_IMAGE_PIXELS = 64_000_000                     # PIL refuses twice this: no bombs
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant"}
+
+
+class UserError(Exception):
+    """A mistake outside the code: one line naming file, row and remedy; exit status 2."""
+
+
+class UnusableRow(UserError):
+    """A row that a corpus can do without: left out and counted there, an error elsewhere."""
+
+
+def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) -> dict:
+    """One row in the kit's form, or `UserError` naming `where` (file:line).
+
+    Accepts `messages` (role/content, content a string with `<image>` or typed blocks), ShareGPT
+    `conversations` (from/value) and plain `text`; `images` may be missing, [] or ["None"].
+    """
+    try:
+        if "conversations" in raw:
+            turns = [(m["from"], m["value"]) for m in raw["conversations"]]
+            if isinstance(raw.get("system"), str):
+                turns.insert(0, ("system", raw["system"]))
+        elif "messages" in raw:
+            turns = [(m["role"], m["content"]) for m in raw["messages"]]
+        elif "text" in raw:      # in web text `<image>` is a tag of its own, no place for a picture
+            turns = [("assistant", raw["text"].replace("<image>", "<img>"))]
+        else:
+            raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Data")
+        if not turns:
+            raise UserError(f"{where}: `messages` is empty; fix or remove the row")
+        messages = []
+        for role, content in turns:
+            if role not in ROLES:
+                raise UserError(f"{where}: role {role!r:.50} is not system, user or assistant")
+            if isinstance(content, list):               # typed blocks
+                content = "".join("<image>" if block["type"].startswith("image") else block["text"]
+                                  for block in content)
+            messages.append({"role": ROLES[role], "content": content})
+        images = raw.get("images", raw.get("image")) or []
+        images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
+        placeholders = sum(m["content"].count("<image>") for m in messages)
+        if images and placeholders == 0:    # leading if absent: before the first user message
+            first = next(m for m in messages if m["role"] == "user")
+            first["content"] = "<image>" * len(images) + "\n" + first["content"]
+        elif placeholders != len(images):
+            raise UserError(f"{where}: {placeholders} `<image>` placeholders but {len(images)} "
+                            "images")
+        images = [str(Path(image_root or folder or ".") / image) for image in images]
+    except (AttributeError, KeyError, StopIteration, TypeError) as error:
+        raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Data"
+                        ) from None
+    kept = {k: v for k, v in raw.items() if k not in ("conversations", "image")}
+    return {**kept, "messages": messages, "images": images, "id": str(raw.get("id", where)),
+            "where": where}
+
+
+def read_rows(files, image_root: str | None = None, position: tuple = (0, 0, 0)):
+    """Yield (row, next position) from JSON or JSONL files, `.gz` too, from `position` on.
+
+    JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
+    (file index, byte offset or array index, line number). Errors: `UserError` with file:line.
+    """
+    for index in range(position[0], len(files)):
+        path = Path(files[index])
+        offset, line = position[1:] if index == position[0] else (0, 0)
+        where = str(path)
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+                if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                    rows = json.load(f)
+                    for n in range(line, len(rows)):
+                        where = f"{path}: row {n + 1}"
+                        row = normalise_row(rows[n], where, path.parent, image_root)
+                        yield row, (index, n + 1, n + 1)
+                    continue
+                f.seek(offset)
+                for raw in iter(f.readline, b""):
+                    line, offset = line + 1, offset + len(raw)
+                    where = f"{path}:{line}"
+                    if raw.strip():
+                        row = normalise_row(json.loads(raw), where, path.parent, image_root)
+                        yield row, (index, offset, line)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
+                            "path, fix or remove the row") from None
+
+
+def open_image(image, where: str, decode: bool = False) -> Image.Image:
+    """A PIL image, header read and with `decode` its RGB pixels; `UserError` names row and file."""
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        return picture.convert("RGB") if decode else picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: image {image} cannot be used ({error}); replace it or remove "
+                        "the row (see --image-root)") from None
+
+
+def mrope_positions(ids: Tensor, grids: Tensor, image_token: int, merge: int) -> Tensor:
+    """3-D rotary positions of one unpadded row: text (p, p, p), image tokens their grid place.
+
+    ids (T,), grids (n, 3) -> (3, T). Equals transformers' `get_rope_index` for still images
+    (tested), without its dependence on `mm_token_type_ids` and the cached deltas.
+    """
+    positions = torch.empty(3, len(ids), dtype=torch.long)
+    t = p = 0                                       # the next token and its position
+    for frames, height, width in grids.tolist():
+        h, w = height // merge, width // merge
+        start = t + int((ids[t:] == image_token).nonzero()[0])
+        positions[:, t:start] = torch.arange(p, p + start - t)
+        p += start - t
+        place = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
+        t = start + len(place)
+        positions[:, start:t] = place.view(-1, 3).T + p
+        p += max(h, w)
+    positions[:, t:] = torch.arange(p, p + len(ids) - t)
+    return positions
+
+
+@dataclass
+class Example:
+    """One tokenised row: T tokens, image placeholders expanded, M of them text."""
+    id: str
+    where: str                  # file:line for errors
+    ids: Tensor                 # (T,) token ids
+    positions: Tensor           # (T, 3) temporal, height, width
+    text_index: Tensor          # (M,) where each text token stands in the row
+    tokens: Tensor              # (M,) text token ids
+    targets: Tensor             # (M,) bool: predict tokens[t + 1] at t
+    seen_image: Tensor          # (M,) bool: after the row's first image
+    images: list                # PIL images or paths, decoded when the batch is made
+    grids: Tensor               # (n, 3) patches in time, height, width
+
+    def __len__(self):
+        return len(self.ids)
+
+
+@dataclass
+class Batch:
+    """B rows, right-padded: the backbone's view (length T) and the text tokens' view (length M).
+
+    Right padding with a causal mask and explicit positions is exact for the real tokens.
+    """
+    row_ids: list[str]
+    ids: Tensor                 # (B, T)
+    positions: Tensor           # (3, B, T)
+    text_index: Tensor          # (B, M)
+    tokens: Tensor              # (B, M)
+    targets: Tensor             # (B, M)
+    seen_image: Tensor          # (B, M)
+    lengths: Tensor             # (B,)
+    text_lengths: Tensor        # (B,)
+    has_image: Tensor           # (B,) bool
+    grids: Tensor               # (images, 3)
+    pixels: Tensor | None       # (patches, 1176) of all images
+
+    @property
+    def real(self) -> Tensor:
+        """(B, M) bool: not padding."""
+        return text_positions(self.tokens) < self.text_lengths[:, None]
+
+    @property
+    def text_only(self) -> Tensor:
+        """(B, M) bool: tokens of rows without an image."""
+        return self.real & ~self.has_image[:, None]
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
+        where = self.targets[:, :-1]
+        return where, self.tokens[:, 1:][where]
+
+    def to(self, device) -> Batch:
+        return Batch(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor)
+                        else v for f in fields(self)})
+
+
+class Encoder:
+    """Tokenizer and image processor: conversation -> Example -> Batch."""
+
+    def __init__(self, tokenizer, processor, config):
+        self.tokenizer, self.processor = tokenizer, processor
+        self.merge = config.vision_config.spatial_merge_size
+        self.image_token = config.image_token_id
+        self.pad = tokenizer.pad_token_id
+        self.longest = config.text_config.max_position_embeddings
+        ids = tokenizer.convert_tokens_to_ids
+        self.vision_ids = torch.tensor([i for t in VISION_TOKENS if (i := ids(t)) is not None])
+        self.stop_ids = torch.tensor(sorted({ids("<|im_end|>"), ids("<|endoftext|>")}))
+        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
+                         "<|im_end|>"}
+        self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
+        size = processor.size if isinstance(processor.size, dict) else vars(processor.size)
+        self.pixel_limits = {"min_pixels": size["shortest_edge"],
+                             "max_pixels": size["longest_edge"]}
+        full_scale = size["longest_edge"] >= IMAGE_SIZE[0] * IMAGE_SIZE[1]
+        self.fixed_size = IMAGE_SIZE if full_scale else None
+
+    def grid(self, image: Image.Image, where: str) -> tuple[int, int, int]:
+        """Patches (time, height, width) of an image, from its size alone."""
+        patch = self.processor.patch_size
+        height, width = self.fixed_size or (image.height, image.width)
+        try:
+            height, width = smart_resize(height, width, factor=patch * self.merge,
+                                         **self.pixel_limits)
+        except ValueError as error:
+            raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
+        return 1, height // patch, width // patch
+
+    def encode(self, row: dict, prompt: bool = False, responses_only: bool = False) -> Example:
+        """Tokenise a row; with `prompt`, without its last assistant turn and ready to answer.
+
+        Targets are all text tokens after a text token, or the assistant's alone, ends of turn
+        included (task rows)."""
+        where = row.get("where", f"row {row['id']}")
+        for token in self.reserved:
+            if any(token in m["content"] for m in row["messages"]):
+                raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
+        messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
+                    for m in row["messages"]]
+        if prompt and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=prompt)
+        ids = self.tokenizer.encode(text if prompt else text.rstrip("\n"),
+                                    add_special_tokens=False)
+        images = [open_image(image, where) for image in row["images"]]
+        grids = torch.tensor([self.grid(image, where) for image in images],
+                             dtype=torch.long).view(-1, 3)
+        counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
+        ids = [i for token in ids
+               for i in [token] * (next(counts) if token == self.image_token else 1)]
+        if prompt and len(ids) > self.longest:
+            raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
+                            f"{self.longest}; shorten it (prompts are never cut)")
+        ends, response = set(self.stop_ids.tolist()), torch.zeros(len(ids), dtype=torch.bool)
+        k = len(self.turn)
+        for start in range(len(ids)):
+            if ids[start] == self.turn[0] and ids[start:start + k] == self.turn:
+                for t in range(start + k + 1, len(ids)):    # beyond the newline(s), one token
+                    response[t] = True
+                    if ids[t] in ends:
+                        break
+        ids = torch.tensor(ids)
+        index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
+        targets = torch.zeros(len(index), dtype=torch.bool)
+        targets[:-1] = index[1:] == index[:-1] + 1          # not across an image
+        if responses_only:
+            targets[:-1] &= response[index[1:]]
+        first_image = (ids == self.image_token).nonzero()[0, 0] if len(grids) else len(ids)
+        return Example(row["id"], where, ids, mrope_positions(ids, grids, self.image_token,
+                       self.merge).T, index, ids[index], targets, index > first_image,
+                       row["images"], grids)
+
+    def pixels(self, example: Example) -> Tensor | None:
+        """(patches, 1176) of a row's images, decoded here and not before."""
+        if not example.images:
+            return None
+        pictures = [open_image(image, example.where, decode=True) for image in example.images]
+        if self.fixed_size:
+            pictures = [p.resize(self.fixed_size[::-1], Image.BICUBIC) for p in pictures]
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """One right-padded batch."""
+        def padded(name, value=0):
+            return nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples],
+                                             batch_first=True, padding_value=value)
+        pixels = [p for e in examples if (p := self.pixels(e)) is not None]
+        return Batch([e.id for e in examples], padded("ids", self.pad),
+                     padded("positions").permute(2, 0, 1), padded("text_index"),
+                     padded("tokens", self.pad), padded("targets"), padded("seen_image"),
+                     torch.tensor([len(e) for e in examples]),
+                     torch.tensor([len(e.tokens) for e in examples]),
+                     torch.tensor([len(e.grids) > 0 for e in examples]),
+                     torch.cat([e.grids for e in examples]), torch.cat(pixels) if pixels else None)
+
+
+class Stream:
+    """Endless shuffled batches of one corpus, resumable at the exact row.
+
+    Rows are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
+    `batch_tokens` real tokens with similar lengths together, and the batches shuffled. The
+    cursor (epoch, where the block starts, batch in the block) rebuilds everything. The global
+    batch is the same for any number of ranks: each tokenises its share of a block for the
+    lengths, and rank r trains on rows r, r + world, ...
+    """
+
+    def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
+                 image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
+                 hold_out: int = 0, responses_only: bool = False):
+        self.source, self.encoder, self.seed = source, encoder, seed
+        self.batch_tokens, self.max_tokens, self.block = batch_tokens, max_tokens, block
+        self.image_root, self.responses_only = image_root, responses_only
+        self.start, self.batches, self.next_block, self.encoded = (0, 0, 0), None, None, {}
+        # The first rows, at most a tenth of the corpus, are held out for the stage's report.
+        head = list(itertools.islice(self._rows(self.start), 10 * hold_out))
+        head = head[:max(1, len(head) // 10)] if len(head) > 1 else []
+        self.held_out = [example for row, _ in head if (example := self._fit(row))]
+        if head:
+            self.start = head[-1][1]
+        self.cursor = {"epoch": 0, "start": self.start, "batch": 0}
+
+    def state_dict(self) -> dict:
+        return self.cursor
+
+    def load_state_dict(self, cursor: dict):
+        self.cursor, self.batches = cursor, None
+
+    def _rows(self, start):
+        if isinstance(self.source[0], dict):  # rows in memory (the mini world)
+            for n in range(start[1], len(self.source)):
+                yield self.source[n], (0, n + 1, n + 1)
+        else:
+            yield from read_rows(self.source, self.image_root, start)
+
+    def _fit(self, row: dict) -> Example | None:
+        """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
+        if id(row) in self.encoded:
+            return self.encoded[id(row)]
+        messages = list(row["messages"])
+        try:
+            example = self.encoder.encode(row, False, self.responses_only)
+        except UnusableRow:
+            return None
+        while len(example) > self.max_tokens and len(messages) > 1:
+            messages.pop()
+            if messages[-1]["role"] == "assistant":
+                shown = sum(m["content"].count("<image>") for m in messages)
+                example = self.encoder.encode({**row, "messages": messages, "images":
+                                               row["images"][:shown]}, False, self.responses_only)
+        example = example if len(example) <= self.max_tokens else None
+        if isinstance(self.source[0], dict):
+            self.encoded[id(row)] = example
+        return example
+
+    def _load_block(self):
+        rows, end = [], self.cursor["start"]
+        for row, end in itertools.islice(self._rows(self.cursor["start"]), self.block):
+            rows.append(row)
+        if not rows:
+            if self.cursor["start"] == self.start:
+                raise UserError(f"{self.source}: holds no rows to train on")
+            self.cursor = {"epoch": self.cursor["epoch"] + 1, "start": self.start, "batch": 0}
+            return self._load_block()
+        self.next_block = end
+        lengths = torch.zeros(len(rows), dtype=torch.long)
+        for n in range(rank(), len(rows), world_size()):
+            example = self._fit(rows[n])
+            lengths[n] = 0 if example is None else len(example)
+        if dist.is_initialized():
+            dist.all_reduce(lengths)
+        kept = [n for n in range(len(rows)) if lengths[n]]
+        if len(kept) < len(rows):
+            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows left out: they exceed "
+                f"{self.max_tokens} tokens without a message boundary to cut at, or contain a "
+                "literal special token")
+        rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
+        rng.shuffle(kept)
+        kept.sort(key=lambda n: int(lengths[n]) // 32)  # stable: similar lengths, random order
+        self.batches, total = [[]], 0
+        for n in kept:
+            if total + int(lengths[n]) > self.batch_tokens and self.batches[-1]:
+                self.batches, total = self.batches + [[]], 0
+            self.batches[-1].append(rows[n])
+            total += int(lengths[n])
+        rng.shuffle(self.batches)
+
+    def next(self) -> list[Example]:
+        """This rank's examples of the next global batch (may be none on a small batch)."""
+        if self.batches is None:
+            self._load_block()
+        if self.cursor["batch"] == len(self.batches):
+            self.cursor = {**self.cursor, "start": self.next_block, "batch": 0}
+            self._load_block()
+        rows = self.batches[self.cursor["batch"]]
+        self.cursor = {**self.cursor, "batch": self.cursor["batch"] + 1}
+        return [self._fit(row) for row in rows[rank()::world_size()]]
+
+
+def micro_batches(examples: list[Example], tokens_at_once: int) -> list[list[Example]]:
+    """Split by padded size, longest rows together; the split never changes the gradient."""
+    batches, width = [], 0
+    for example in sorted(examples, key=len, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * width > tokens_at_once:
+            batches, width = batches + [[]], len(example)
+        batches[-1].append(example)
+    return batches
+
+
+def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
+                 tokens_at_once: int) -> tuple[list[Batch], list[str]]:
+    """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
+    rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
+    batches = [agent.encoder.collate(part).to(agent.device) for examples in rows.values()
+               for part in micro_batches(examples, tokens_at_once)]
+    return batches, [e.id for examples in rows.values() for e in examples]
+
+
+def held_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
+    """Held-out rows in batches of the training's size."""
+    for part in micro_batches(examples, tokens_at_once):
+        yield agent.encoder.collate(part).to(agent.device)
+
+
+def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[str, list]]:
+    """The streams of paired and text-only rows, and held-out rows for the stages' reports.
+
+    Without --paired, rows of the mini world: `embedded(kind, seed)`. Held-out sets: "id" (paired
+    rows), "text", and of the mini world "ood" (the personas without paired data).
+    """
+    if args.model != "tiny" and not args.paired:
+        raise UserError("--paired FILE... is required for --model other than tiny")
+    if args.paired and not args.text and not args.no_text:
+        raise UserError("--paired without --text: name text-only rows as well, or say --no-text")
+    streams = {}
+    for kind in ("paired",) if args.no_text else ("paired", "text"):
+        seed = key_seed(args.seed, kind)
+        source = getattr(args, kind) or (None if args.paired else embedded(kind, seed))
+        if source:
+            streams[kind] = Stream(source, encoder, args.batch_tokens, seed, args.image_root,
+                                   hold_out=96)
+    held = {"id": streams["paired"].held_out}
+    if not args.paired:
+        held["ood"] = [encoder.encode(row)
+                       for row in embedded("ood", key_seed(args.seed, "held"))]
+    if "text" in streams:
+        held["text"] = streams["text"].held_out
+    return streams, {name: rows for name, rows in held.items() if rows}
+
+
+# ---- Runtime: ranks, flags, predecessors, run folders ----------------------------------------
+
+
+def launch(main):
+    """Run `main` on the command line. A mistake outside the code, a file that cannot be read or
+    written included, ends with one line and status 2; what was computed is in the checkpoints."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
+        print(f"{Path(sys.argv[0]).name}: error: {error}{remedy}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_distributed(device: str = "auto"):
+    """Join torchrun's process group if there is one: nccl on CUDA, gloo on CPU."""
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and not dist.is_initialized():
+        # Small counts and the judge's results travel on CPU; a slow judge must not look hung.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(hours=6))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(*words):
+    """Print once, from rank 0."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def all_sum(figures: dict) -> dict:
+    """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
+    floats for what is scalar, tensors on the CPU for the rest."""
+    parts = {name: torch.as_tensor(value, dtype=torch.double).detach().cpu()
+             for name, value in figures.items()}
+    flat = torch.cat([part.reshape(-1) for part in parts.values()])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts.values()])
+    return {name: total.view(part.shape) if part.dim() else total.item()
+            for (name, part), total in zip(parts.items(), sums)}
+
+
+def gather(part: dict) -> dict:
+    """The union of every rank's dict, on all ranks."""
+    if not dist.is_initialized():
+        return part
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return {k: v for p in parts for k, v in p.items()}
+
+
+def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Learning-rate factor at `step`: linear warm-up over a share of the steps, cosine decay."""
+    rise = max(1, int(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    share = (step - rise) / max(1, steps - rise)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def reduce_gradients(params: list[nn.Parameter], bucket: int = 2 ** 24):
+    """Sum gradients over ranks, `bucket` numbers at a time. Every loss is already divided by its
+    global denominator, so any split over ranks and micro-batches gives the same sum; a rank
+    without rows adds zeros."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    pending = list(params) if dist.is_initialized() else []
+    while pending:
+        part = [pending.pop()]
+        while pending and sum(p.numel() for p in part) + pending[-1].numel() <= bucket:
+            part.append(pending.pop())
+        flat = torch.cat([p.grad.flatten() for p in part])
+        dist.all_reduce(flat)
+        for p, g in zip(part, flat.split([p.numel() for p in part])):
+            p.grad.copy_(g.view_as(p))
+
+
+def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
+                   row_ids: list[str], clip: float = 1.0) -> float:
+    """Reduce gradients, clip each optimiser's to norm `clip`, step; returns the largest norm.
+
+    A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
+    """
+    norms = []
+    for optimizer, lr in zip(optimizers, lrs, strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        reduce_gradients(params)
+        norms.append(nn.utils.clip_grad_norm_(params, clip))
+    norm = torch.stack(norms).max().item()
+    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    run.skipped_all += run.skipped > 0
+    if run.skipped:
+        say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
+    if run.skipped == 10:
+        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
+                        f"{row_ids[:8]}; lower --lr or look at these rows")
+    for optimizer in optimizers:
+        if not run.skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the CUDA allocator once it is used, else of the process's resident set."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
+
+STRUCTURE = {"tiny": {"codes": 64, "idm_layers": 2, "policy_layers": 2},
+             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8}}
+ABLATIONS = ("no_text", "no_projector", "no_cycle")
+
+
+def within(kind, low: float, high: float = math.inf):
+    """An argparse type: a number of that kind from low to high, so never NaN."""
+    def number(text: str):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high}]")
+        return value
+    number.__name__ = kind.__name__                 # argparse: "invalid int value"
+    return number
+
+
+count, positive = within(int, 1), within(float, 1e-12)
+
+
+def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
+    """A parser with the flags that all training scripts share; --help ends with `defaults`, the
+    script's table of kind -> "tiny" or "full" -> flag -> value."""
+    table = {f"{kind} {scale}": {**STRUCTURE[scale], **values}
+             for kind, scales in defaults.items() for scale, values in scales.items()}
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=format_table("defaults (full: any --model but tiny)", table))
+    add = parser.add_argument_group("model, data and run").add_argument
+    add("--model", default="tiny", help="`tiny` (embedded), a Qwen2.5-VL folder or a hub id")
+    add("--paired", type=os.path.abspath, nargs="+", metavar="FILE", help="dialogues with images")
+    add("--text", type=os.path.abspath, nargs="+", metavar="FILE", help="dialogues without images")
+    add("--image-root", type=os.path.abspath, help="of relative image paths; else the row's file")
+    add("--run-root", default="runs", help="where run folders are kept (default: runs)")
+    add("--name", default="", help="suffix of this run's folder, for variants")
+    add("--parent", help="run folder to start from instead of the usual predecessor")
+    add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
+    add("--steps", type=count, help="optimiser steps")
+    add("--lr", type=positive, help="peak learning rate")
+    add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
+        "changes no gradient; one row or one prompt's answers at least (default: 16384)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--fresh", action="store_true", help="delete this run's folder and start it again")
+    add = parser.add_argument_group("structure and ablations: folders of their own").add_argument
+    add("--codes", type=count, help="|C|, size of the codebook")
+    add("--idm-layers", type=count, help="layers of the inverse dynamics model")
+    add("--policy-layers", type=count, help="layers of the policy")
+    add("--no-text", action="store_true", help="no text-only rows")
+    add("--no-projector", action="store_true", help="states of text-only rows are e^T itself")
+    add("--no-cycle", action="store_true", help="no cycle loss on text-only rows")
+    return parser
+
+
+def scale_of(model: str) -> str:
+    return "tiny" if model == "tiny" else "full"
+
+
+def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
+    """Fill what is left open from STRUCTURE and `defaults`, one kind of a script's DEFAULTS, and
+    join the process group."""
+    scale = scale_of(args.model)
+    for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    init_distributed(args.device)
+    return args
+
+
+# What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
+PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
+              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root", "judge_url",
+              "judge_model", "judge_prompt")
+
+
+def model_root(args) -> Path:
+    """runs/<model>: a hub id or path becomes one folder name."""
+    return Path(args.run_root) / args.model.strip("/.").replace("/", "--")
+
+
+def folder_of(args, stage: str, name: str = "") -> Path:
+    """A stage's folder: its suffixes say what changes its result, so ablations never collide;
+    `name` is this run's own suffix, which predecessors do not carry."""
+    usual = STRUCTURE[scale_of(args.model)]
+    tags = [f"{key.split('_')[0]}{getattr(args, key)}"
+            for key in usual if getattr(args, key) != usual[key]]
+    tags += [key.replace("_", "") for key in ABLATIONS if getattr(args, key)]
+    return model_root(args) / "-".join([stage, *tags, *([name] if name else [])])
+
+
+def differing(had: dict, now: dict) -> str:
+    """What differs, as "key: value -> value"; empty if nothing does."""
+    return ", ".join(f"{k}: {had.get(k)} -> {now.get(k)}" for k in sorted({*had, *now})
+                     if had.get(k) != now.get(k))
+
+
+def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
+    """The finished run of `stage` that this one starts from: as it stands, run first (`tiny`), or
+    an error that prints its command. One list of arguments is what is run or printed.
+
+    A finished one must be of this run's `identity` (structure, ablations, data), as far as both
+    have it; its steps, learning rate and seed are its own. --parent may differ in the task.
+    """
+    folder = Path(args.parent) if args.parent else folder_of(args, stage)
+    if (folder / "model.safetensors").exists():
+        had = {k: v for k, v in read_config(folder)["identity"].items()
+               if None not in (v, identity.get(k))}
+        now = {k: identity[k] for k in had}
+        if args.parent and had.get("task") != now.get("task"):
+            say(f"note: {folder} is of another task ({had.pop('task')} -> {now.pop('task')})")
+        if had != now:
+            raise UserError(f"{folder} was trained otherwise ({differing(had, now)}); use another "
+                            "--run-root, or --parent with a run of your own")
+        return folder
+    if args.parent:
+        raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")
+    if rank() == 0 and (folder / "state" / "lock").exists():
+        lock(folder).close()                        # is another process working on it?
+    usual = vars(module.arguments().parse_args([*flags, "--model", args.model]))
+    usual |= STRUCTURE[scale_of(args.model)]
+    wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
+    if (folder / "state" / "last.pt").exists():     # it goes on with the seed it was started with
+        wanted["seed"] = read_config(folder)["args"]["seed"]
+    argv = ["--model", args.model, *flags]
+    for name, value in wanted.items():
+        if value != usual[name]:
+            values = [] if value is True else value if isinstance(value, list) else [str(value)]
+            argv += ["--" + name.replace("_", "-"), *values]
+    script = Path(module.__file__).name
+    if args.model != "tiny":
+        raise UserError(f"{folder} is missing or unfinished; run first: "
+                        + shlex.join(["python", script, *argv]))
+    say(f"{folder} is missing or unfinished: running {script} first")
+    module.main(argv)
+    return folder
+
+
+# Run folders.
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_identity(path: str, whole: bool = False) -> str:
+    """Name, size and a hash of a data file: of the whole, or of its first and last MiB."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        data = f.read() if whole else f.read(2 ** 20)
+        f.seek(max(0, size - 2 ** 20))
+        data += b"" if whole else f.read()
+    return f"{Path(path).name} {size} {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def read_config(folder) -> dict:
+    """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        if {"args", "identity", "base", "parent", "sha256"} <= set(config):
+            return config
+        reason = "it is no config of a run"
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error)
+    raise UserError(f"{folder}: config.json cannot be used ({reason}); name a run folder, or "
+                    "start this one again with --fresh")
+
+
+def atomic(path: Path, write):
+    """`write(temporary)`, flush to disk, rename: the file is whole or it is not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:90]
+        raise UserError(f"{path}: cannot be written ({reason}); earlier files are intact: free the "
+                        "space or permission and run the same command") from None
+
+
+def lock(folder: Path):
+    """Hold folder/state/lock until the process ends, however it ends."""
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    file = open(folder / "state" / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is working on this run; wait for it, or take "
+                        "--name") from None
+    return file
+
+
+def trained(thing) -> dict:
+    """The state of a module without its frozen parameters, or of anything else with a state."""
+    state = thing.state_dict()
+    if not isinstance(thing, nn.Module):
+        return state
+    kept = {name for name, p in thing.named_parameters() if p.requires_grad}
+    kept |= {name for name, _ in thing.named_buffers()}
+    return {name: value for name, value in state.items() if name in kept}
+
+
+def git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+    except OSError:                                 # git is not installed
+        return None
+    return done.stdout.strip() or None
+
+
+LOGS = ("log.jsonl", "samples.jsonl")
+SAVE_SECONDS = 60            # between checkpoints
+# Where things lie, on what machine, and what is evaluated: these change no weight.
+NOT_COMPARED = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "name",
+                "parent", "fresh", "device", "dtype", "tokens_at_once", "splits", "judge_url")
+
+
+class Run:
+    """One run's folder: config.json, log.jsonl, samples.jsonl, state/, model.safetensors.
+
+    The folder is finished when model.safetensors stands in it. All randomness of the training
+    loops is keyed by seed, step and row, so the state to go on from is weights, optimisers, the
+    step and the data cursors: no generator state.
+    """
+
+    def __init__(self, args, folder: Path, agent: Agent, identity: dict, parent: Path | None = None,
+                 **more):
+        """Open the folder: start it, go on with it, or find it finished. Raises `UserError` if it
+        was started with other arguments, data, base or parent, or if another process has it.
+        `identity` is what runs that start from this one must share, `more` enters config.json."""
+        self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
+        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
+        weights = self.folder / "model.safetensors"
+        if rank() == 0 and (args.fresh or not weights.exists()):
+            self.lock = lock(self.folder)           # never under another process's feet
+            if args.fresh:
+                shutil.rmtree(self.folder)
+                self.lock = lock(self.folder)
+        barrier()
+        self.finished = weights.exists()
+        self.config = {
+            "args": vars(args), "identity": identity, "base": agent.base_hash, "space": agent.space,
+            "dtype": str(agent.dtype), "device": str(agent.device), "world_size": world_size(),
+            "parent": os.path.relpath(parent, self.folder) if parent else None,
+            "parent_sha256": read_config(parent)["sha256"] if parent else None, "sha256": None,
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+            "git": git_commit(), "argv": sys.argv, **more}
+        if self.finished or (self.folder / "state" / "last.pt").exists():
+            self._compare(read_config(self.folder))
+        barrier()                                   # every rank has looked before rank 0 writes
+        if self.finished:
+            say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
+        elif rank() == 0:
+            self._write_config()
+
+    def _write_config(self):
+        text = json.dumps(self.config, indent=1)
+        atomic(self.folder / "config.json", lambda path: path.write_text(text))
+
+    def _compare(self, old: dict):
+        had, now = ({**{k: v for k, v in c["args"].items() if k not in NOT_COMPARED},
+                     **c["identity"], **{k: c[k] for k in ("base", "dtype", "parent_sha256")}}
+                    for c in (old, self.config))
+        if had != now:
+            raise UserError(f"{self.folder} was started with other arguments "
+                            f"({differing(had, now)}); --name starts a variant, --fresh redoes it")
+        if old["git"] != self.config["git"]:
+            say(f"note: {self.folder} was started at commit {old['git']}, now it is "
+                f"{self.config['git']}")
+
+    def resume(self, state: dict) -> int:
+        """Restore `state` (name -> whatever has state_dict and load_state_dict) from the last
+        checkpoint and cut the logs back to it; the step to go on with."""
+        path, saved = self.folder / "state" / "last.pt", {"step": 0, "logs": {}}
+        if path.exists():
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                for name, thing in state.items():
+                    strict = {"strict": False} if isinstance(thing, nn.Module) else {}
+                    thing.load_state_dict(saved["state"][name], **strict)
+                self.skipped, self.skipped_all = saved["skipped"]
+            except Exception as error:
+                raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"
+                                " --fresh starts the run again") from None
+            say(f"continuing {self.folder} at step {saved['step']}")
+        for name in LOGS if rank() == 0 else ():
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, saved["logs"].get(name, 0))
+        barrier()
+        self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
+                        disable=rank() != 0, smoothing=0.1, mininterval=1.0)
+        self.began = self.saved = time.time()
+        return saved["step"]
+
+    def log(self, step: int, figures: dict, *shown: str):
+        """Append one step's row to log.jsonl (rank 0), numbers rounded to 7 digits, with the
+        step's seconds and the peak memory; the figures named in `shown` go to the bar."""
+        row = {"step": step, **figures, "skipped": self.skipped_all,
+               "seconds": time.time() - self.began, "peak_memory": peak_memory()}
+        row = {k: v if not isinstance(v, float) else float(f"{v:.7g}") if math.isfinite(v) else None
+               for k, v in row.items()}
+        self.began = time.time()
+        self.append("log.jsonl", [row])
+        self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in shown if row[k] is not None),
+                                 refresh=False)
+        self.bar.update()
+
+    def append(self, name: str, rows: list[dict]):
+        """Append rows to log.jsonl or samples.jsonl (rank 0)."""
+        if rank() == 0:
+            with open(self.folder / name, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def save(self, step: int, state: dict):
+        """Atomic checkpoint of `state` after `step` steps, about once a minute and after the
+        last."""
+        if rank() == 0 and (step == self.steps or time.time() - self.saved >= SAVE_SECONDS):
+            saved = {"step": step, "skipped": [self.skipped, self.skipped_all],
+                     "state": {name: trained(thing) for name, thing in state.items()},
+                     "logs": {name: (self.folder / name).stat().st_size for name in LOGS
+                              if (self.folder / name).exists()}}
+            atomic(self.folder / "state" / "last.pt", lambda path: torch.save(saved, path))
+            self.saved = time.time()
+        if step == self.steps:
+            self.bar.close()
+
+    def report(self, title: str, table: dict[str, dict[str, float]]):
+        """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
+        if rank() == 0:
+            print(format_table(title, table), flush=True)
+            file = self.folder / "report.json"
+            old = json.loads(file.read_text()) if file.exists() else {}
+            text = json.dumps({**old, title: table}, indent=1)
+            atomic(file, lambda path: path.write_text(text))
+
+    def finish(self, **modules: nn.Module):
+        """Write model.safetensors (only what this stage trained), its hash first, drop state/."""
+        def write(path):
+            save_file({f"{name}.{key}": value.cpu().contiguous()
+                       for name, module in modules.items()
+                       for key, value in trained(module).items()}, path)
+            self.config["sha256"] = file_hash(path)
+            self._write_config()
+        if rank() == 0:
+            atomic(self.folder / "model.safetensors", write)
+            shutil.rmtree(self.folder / "state", ignore_errors=True)
+        barrier()
+        say(f"{self.folder} finished in {(time.time() - self.started) / 60:.1f} min")
+
+
+def format_table(title: str, table: dict[str, dict[str, float]]) -> str:
+    """Plain-text table; columns are the union of the rows' keys, numbers to 4 digits."""
+    columns = list(dict.fromkeys(c for row in table.values() for c in row))
+    def cell(value):
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
+                                   for name, row in table.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n)
+                               for i, (w, n) in enumerate(zip(line, widths))) for line in lines)

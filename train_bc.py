@@ -1,20 +1,18 @@
 """Stage 2: behaviour cloning of the policy, then the task warm start (SFT) that RL begins from.
 
-Paper, section 3 (policy) and section 4 (training recipe).
+Paper, section 3 (policy) and section 4 (training recipe). Four kinds, the rows of KINDS:
 
-    --stage bc    the policy pi(a_t | s_1..s_t) clones the IDM's noise-free argmax code, which has
-                  seen x_{t+1}, on paired and text-only corpora: cross-entropy over |C| codes
-    --stage sft   (default; runs bc first where it is missing) the demonstrations of the task
-      --action-space latent   policy clones the IDM's codes of the demonstrations, and the merge
-                              fits their tokens given those codes; the backbone stays frozen, so
-                              the states stay what every module was trained on
-      --sft release           the release's way: policy, codebook and merge frozen, the policy's
-                              argmax code drives the world model while vision tower, last layers,
-                              norm and embeddings of the backbone train (states move under it)
-      --action-space token    the baseline: last layers, norm and an untied head of the backbone
+    bc        --stage bc: the policy pi(a_t | s_1..s_t) clones the inverse dynamics model's
+              noise-free argmax code, which has seen x_{t+1}, on paired and text-only corpora:
+                  L_BC = CE(argmax_a IDM(s_1..s_{t+1}); pi(. | s_1..s_t))
+    clone     latent SFT, ours and the default: L_BC on the task's demonstrations, and the merge
+              fits their tokens given those codes, CE(x_{t+1}; f_world(s_t, a_t)); the backbone
+              stays frozen, so the states stay what every module was trained on
+    release   --sft release: policy, codebook and merge frozen, the policy's argmax code drives the
+              world model while vision tower, last layers, norm and embeddings of the backbone train
+    token     --action-space token, the baseline: the backbone's last layers, norm and untied head
 
-Deviation: the first form of latent SFT is ours and the default. Losses on task rows count the
-responses only; on corpora all text.
+Losses on task rows count the responses only; on corpora all text. Deviations: README, rows 10-13.
 
     python train_bc.py                                                   # CPU, embedded default
     python train_bc.py --stage bc --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text ...
@@ -23,205 +21,109 @@ responses only; on corpora all text.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import eval as tasks
 import train_idm
-from model import (Agent, Batch, Parser, Run, Stream, UserError, all_sum, cosine, folder_of,
-                   key_seed, launch, optimizer_step, require, set_lr, task_tag,
-                   text_positions, token_logprobs)
-from train_projector import corpora, ensure_base, held_batches, next_batches
+from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, count, fill,
+                   folder_of, held_batches, key_seed, launch, make_parser, next_batches,
+                   optimizer_step, predecessor, text_positions, token_logprobs)
+from train_projector import ensure_base
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (tiny, full scale) of each kind of cloning; the full-scale ones are the release's.
-SIZED = {kind: {"steps": steps, "lr": lr, "batch_tokens": (2048, 8192)} for kind, steps, lr in (
-    ("bc", (200, 160), (1e-3, 1e-4)), ("clone", (40, 300), (2e-4, 5e-5)),
-    ("release", (40, 300), (2e-4, 5e-5)), ("token", (40, 300), (1e-4, 5e-5)))}
-TRAINED = {"bc": ["policy"], "clone": ["policy", "world"], "release": ["backbone"],
-           "token": ["policy"]}
+DEFAULTS = {   # the full-scale learning rates are the release's
+    "bc": {"tiny": {"steps": 200, "lr": 1e-3, "batch_tokens": 2048},
+           "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}},
+    "clone": {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
+              "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}},
+    "release": {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
+                "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}},
+    "token": {"tiny": {"steps": 40, "lr": 1e-4, "batch_tokens": 2048},
+              "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}}
 
 
-def kind_of(args) -> str:
-    """Which row of SIZED and TRAINED the flags ask for."""
-    return "bc" if args.stage == "bc" else "token" if args.action_space == "token" else args.sft
-
-
-def arguments() -> Parser:
-    parser = Parser(__doc__)
-    parser.common_flags(**SIZED["clone"])
-    parser.by_stage = lambda args: SIZED[kind_of(args)]
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, DEFAULTS)
     tasks.task_flags(parser)
-    parser.flag("--stage", "sft", "bc: corpora only; sft: then the task's demonstrations",
-                choices=("bc", "sft"))
-    parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
-    parser.flag("--sft", "clone", "latent SFT: clone codes (ours) or the release's way",
-                choices=("clone", "release"))
-    parser.flag("--save-every", 100, "steps between checkpoints")
+    add = parser.add_argument_group("this stage").add_argument
+    add("--stage", default="sft", choices=("bc", "sft"),
+        help="bc: corpora only; sft: then the task's demonstrations (default: sft)")
+    add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
+    add("--sft", default="clone", choices=("clone", "release"),
+        help="latent SFT: clone codes (ours) or the release's way (default: clone)")
+    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of row")
     return parser
 
 
-@torch.no_grad()
-def idm_codes(agent: Agent, states: Tensor, at: Tensor) -> Tensor:
-    """The IDM's noise-free argmax codes at the labelled positions: (K,)."""
-    with agent.autocast():
-        return agent.idm_logits(states)[at].argmax(-1)
+# ---- Losses, per labelled position: (code loss, token loss, hit), (K,) each ------------------
 
 
 def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of the policy to the IDM's codes, (K, |C|) and (K,) -> (K,)."""
+    """L_BC: cross-entropy of the policy to the IDM's codes, (K, |C|) and (K,) -> (K,)."""
     return F.cross_entropy(logits.float(), codes, reduction="none")
 
 
-def batch_losses(agent: Agent, batch: Batch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Per labelled position of one batch: code loss, token loss, and a hit (K,) each.
-
-    kind: "bc" and "clone" clone codes ("clone" also fits the merge), "release" and "token" fit
-    tokens. A hit is the IDM's code as argmax, or in the latter two a token of probability > 1/2.
-    """
-    at, targets = batch.labelled()
-    with agent.autocast():
-        if kind == "token":
-            with torch.no_grad():
-                x = agent.trunk(agent.embed(batch), batch.positions)
-            h = agent.policy.hidden(x, batch.positions)
-            h = h.gather(1, batch.text_index[..., None].expand(-1, -1, h.shape[-1]))[:, :-1][at]
-            logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
-            return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
-        if kind == "release":
-            states = agent.project(agent.embeddings(batch), batch.has_image)
-            with torch.no_grad():
-                codes = agent.policy(states, text_positions(states))[:, :-1][at].argmax(-1)
-            x = agent.world(states[:, :-1][at], agent.codebook(codes))
-            logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
-            return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
-        states = agent.states(batch)
-        codes = idm_codes(agent, states, at)
-        logits = agent.policy(states, text_positions(states))[:, :-1][at]
-        code_loss = cloning_loss(logits, codes)
-        token_loss = torch.zeros_like(code_loss)
-        if kind == "clone":
-            x = agent.world(states[:, :-1][at], agent.codebook(codes))
-            token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
-        return code_loss, token_loss, logits.argmax(-1) == codes
-
-
 @torch.no_grad()
-def bc_report(agent: Agent, held: dict[str, list], positions: int = 256) -> dict[str, dict]:
-    """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
-    model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on up to `positions` tokens.
-    """
-    report, n = {}, agent.structure["codes"]
-    for name, examples in held.items():
-        parts = []
-        for batch in held_batches(agent, examples):
-            at, targets = batch.labelled()
-            e = agent.embeddings(batch)
-            states = agent.project(e, batch.has_image)
-            with agent.autocast():
-                logits = agent.policy(states, text_positions(states))[:, :-1][at].float()
-            parts.append((e[:, :-1][at], states[:, :-1][at], logits,
-                          idm_codes(agent, states, at), targets))
-        e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
-        taken = logits.argmax(-1)
-        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        some = some[:positions].to(agent.device)
-        e, s, x = e[some], s[some], x[some]
-        with agent.autocast():
-            given = torch.stack([token_logprobs(
-                agent.backbone.lm_head,
-                agent.world(s, agent.codebook.weight[a].expand_as(s)).to(s.dtype), x)
-                for a in range(n)], -1)                                       # (positions, |C|)
-        mixture = torch.logsumexp(F.log_softmax(logits[some], -1) + given, -1)
-        base = token_logprobs(agent.backbone.lm_head, e, x)
-        report[name] = {"accuracy": (taken == codes).float().mean().item(),
-                        "policy x world": -mixture.mean().item(), "base": -base.mean().item(),
-                        **tasks.code_usage(torch.bincount(taken, minlength=n))}
-    return report
+def idm_codes(agent: Agent, states: Tensor, where: Tensor) -> Tensor:
+    """The IDM's noise-free argmax codes at the labelled positions: (K,)."""
+    return agent.idm_logits(states)[where].argmax(-1)
 
 
-def folder(args, name: str = "") -> Path:
-    """Where this kind of cloning is kept: bc/, sft-<task>-<space>/, sft-<task>-latent-release/."""
-    kind = kind_of(args)
-    space = {"bc": "", "clone": "latent", "release": "latent-release", "token": "token"}[kind]
-    return folder_of(args, "bc" if kind == "bc" else f"sft-{task_tag(args.task)}-{space}", name)
+def code_losses(agent: Agent, batch: Batch, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Kinds bc and, with `merge`, clone. A hit is the IDM's code as the policy's argmax."""
+    where, targets = batch.labelled()
+    states = agent.states(batch)
+    codes = idm_codes(agent, states, where)
+    logits = agent.policy(states, text_positions(states))[:, :-1][where]
+    code_loss = cloning_loss(logits, codes)
+    token_loss = torch.zeros_like(code_loss)
+    if merge:
+        x = agent.world(states[:, :-1][where], agent.codebook(codes))
+        token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
+    return code_loss, token_loss, logits.argmax(-1) == codes
 
 
-def ensure(args, **wanted) -> Path:
-    """The finished run that `wanted` (stage, action_space, sft) calls for."""
-    other = argparse.Namespace(**{**vars(args), **wanted})
-    return require(args, folder(other), "train_bc.py", main, arguments(), **wanted)
+def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Kind release: the gradient passes through frozen merge and projector into the states. A hit
+    is a token of probability above 1/2, here and in `token_losses`."""
+    where, targets = batch.labelled()
+    states = agent.project(agent.embeddings(batch), batch.has_image)
+    with torch.no_grad():
+        codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
+    x = agent.world(states[:, :-1][where], agent.codebook(codes))
+    logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
+    return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
 
 
-def main(args):
-    kind = kind_of(args)
-    if kind == "bc":
-        parent = train_idm.ensure(args)
-        args.task = args.task_root = None          # shared by all tasks
-    elif kind == "token":
-        if args.parent:
-            raise UserError("--parent: the token baseline starts from the base alone")
-        parent = None
-        ensure_base(args)
-    else:
-        parent = ensure(args, stage="bc")
-    if kind == "release":
-        args.dtype = "float32"                     # the backbone itself trains
-    agent = Agent.from_base(args)
-    if parent:
-        agent.load_run(parent)
-    if kind == "token":
-        agent.make_token_policy()
-    elif kind == "bc":
-        agent.make("policy", seed=args.seed)
-    run = Run(args, folder(args, args.name), "train_bc.py", parent, space=agent.space,
-              base=agent.base_hash, mini=tasks.mini_hash(),
-              task_hash=None if kind == "bc" else tasks.task_hash(args))
-    if run.finished:
-        return
-    if kind == "bc":
-        streams, held = corpora(args, agent.encoder)
-    else:
-        task = tasks.load_task(args)
-        if not task.splits["sft"]:
-            raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
-        streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
-                                 key_seed(args.seed, "sft"), max_tokens=4096,
-                                 responses_only=True)}
-    modules = agent.train_only(*TRAINED[kind])
-    if kind == "release":
-        freeze_lower(agent, args.policy_layers)
-    params = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, weight_decay=0.0)
-    for step in run.steps(args.steps, modules, [optimizer], streams):
-        batches, row_ids = next_batches(agent, streams, ("paired", "text", "sft"))
-        count = all_sum(torch.tensor(sum(int(b.targets.sum()) for b in batches)))
-        count = count.clamp(min=1).item()
-        total = torch.zeros(3, dtype=torch.double)
-        for batch in batches:
-            code_loss, token_loss, hits = batch_losses(agent, batch, kind)
-            ((code_loss + token_loss).sum() / count).backward()
-            total += torch.stack([code_loss.sum(), token_loss.sum(), hits.sum()]).detach().cpu()
-        lr = args.lr * cosine(step, args.steps, warmup=0.03)
-        set_lr(optimizer, lr)
-        norm = optimizer_step(run, [optimizer], row_ids)
-        code_ce, token_ce, accuracy = (all_sum(total) / count).tolist()
-        run.log({"step": step, "code_ce": code_ce, "token_ce": token_ce, "accuracy": accuracy,
-                 "lr": lr, "grad_norm": norm},
-                f"code {code_ce:.3f} token {token_ce:.3f} hits {accuracy:.2f}")
-    if kind == "bc":
-        run.report("policy, held out", bc_report(agent, held))
-    elif task.splits["valid"]:
-        table, samples = tasks.evaluate(agent.eval(), task, {"valid": task.splits["valid"]},
-                                        seed=args.seed)
-        run.report("reward, validation prompts", table)
-        run.sample(samples[:20])
-    run.finish(modules)
+def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Kind token: the language model's own cross-entropy under the masked vocabulary."""
+    where, targets = batch.labelled()
+    with torch.no_grad():
+        x = agent.trunk(agent.embed(batch), batch.positions)
+    h = agent.policy.hidden(x, batch.positions)
+    h = h.gather(1, batch.text_index[..., None].expand(-1, -1, h.shape[-1]))[:, :-1][where]
+    logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
+    return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
 
 
-def freeze_lower(agent: Agent, n_layers: int):
+KINDS = {   # folder, what trains, loss
+    "bc": ("bc", ("policy",), lambda agent, batch: code_losses(agent, batch, merge=False)),
+    "clone": ("sft-{task}-latent", ("policy", "world"),
+              lambda agent, batch: code_losses(agent, batch, merge=True)),
+    "release": ("sft-{task}-latent-release", ("backbone",), release_losses),
+    "token": ("sft-{task}-token", ("policy",), token_losses)}
+
+
+def stage_of(kind: str, task: str) -> str:
+    """The run folder's name: bc, sft-<task>-latent, sft-<task>-latent-release, sft-<task>-token."""
+    return KINDS[kind][0].format(task=Path(task).name.split(".")[0])
+
+
+def train_last_layers(agent: Agent, n_layers: int):
     """The release's SFT: vision tower, last layers, norm and embeddings train, nothing else."""
     model = agent.backbone.model
     agent.backbone.requires_grad_(False)
@@ -230,5 +132,100 @@ def freeze_lower(agent: Agent, n_layers: int):
         part.requires_grad_(True)
 
 
+@torch.no_grad()
+def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int,
+              positions: int = 256) -> dict[str, dict]:
+    """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
+    model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on up to `positions` tokens.
+    """
+    report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
+    for name, examples in held.items():
+        parts = []
+        for batch in held_batches(agent, examples, tokens_at_once):
+            where, targets = batch.labelled()
+            e = agent.embeddings(batch)
+            states = agent.project(e, batch.has_image)
+            with agent.autocast():
+                logits = agent.policy(states, text_positions(states))[:, :-1][where].float()
+                codes = idm_codes(agent, states, where)
+            parts.append((e[:, :-1][where], states[:, :-1][where], logits, codes, targets))
+        e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
+        taken = logits.argmax(-1)
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:positions]
+        e, s, x, logits = (part[some.to(agent.device)] for part in (e, s, x, logits))
+        with agent.autocast():
+            given_code = torch.stack([token_logprobs(head, agent.world(s, c.expand_as(s)).to(
+                s.dtype), x) for c in agent.codebook.weight], -1)             # (positions, |C|)
+        mixture = torch.logsumexp(F.log_softmax(logits, -1) + given_code, -1)
+        report[name] = {"accuracy": (taken == codes).float().mean().item(),
+                        "policy x world": -mixture.mean().item(),
+                        "base": -token_logprobs(head, e, x).mean().item(),
+                        **tasks.code_usage(torch.bincount(taken, minlength=n))}
+    return report
+
+
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    kind = "bc" if args.stage == "bc" else "token" if args.action_space == "token" else args.sft
+    fill(args, DEFAULTS[kind])
+    stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
+    identity = tasks.identity(args, "paired", "text", *([] if kind == "bc" else ["task"]))
+    ensure_base(args)
+    if kind == "token" and args.parent:
+        raise UserError("--parent: the token baseline starts from the base alone")
+    parent = None if kind == "token" else \
+        predecessor(args, identity, "idm", train_idm) if kind == "bc" else \
+        predecessor(args, identity, "bc", sys.modules[__name__], "--stage", "bc")
+    # In the release's way the backbone itself trains: fp32.
+    agent = Agent.from_base(args, torch.float32 if kind == "release" else None)
+    if parent:
+        agent.load_run(parent)
+    if kind == "bc":
+        agent.make("policy", seed=args.seed)
+    if kind == "token":
+        agent.make_token_policy()
+    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
+    if run.finished:
+        return
+    if kind == "bc":
+        streams, held = corpora(args, agent.encoder, tasks.embedded)
+    else:
+        task = tasks.load_task(args)
+        if not task.splits["sft"]:
+            raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
+        streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
+                                 key_seed(args.seed, "sft"), max_tokens=4096,
+                                 responses_only=True)}
+    modules = agent.train_only(*trains)
+    if kind == "release":
+        train_last_layers(agent, args.policy_layers)
+    params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, weight_decay=0.0)
+    state = {**modules, **streams, "optimizer": optimizer}
+    for step in range(run.resume(state), args.steps):
+        batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
+        n = max(1.0, all_sum({"n": sum(int(b.targets.sum()) for b in batches)})["n"])
+        totals = dict.fromkeys(("code_ce", "token_ce", "accuracy"), 0.0)
+        for batch in batches:
+            with agent.autocast():
+                code_loss, token_loss, hits = losses(agent, batch)
+            ((code_loss + token_loss).sum() / n).backward()
+            for name, part in zip(totals, (code_loss, token_loss, hits)):
+                totals[name] += part.detach().sum()
+        lr = args.lr * cosine(step, args.steps, warmup=0.03)
+        norm = optimizer_step(run, [optimizer], [lr], row_ids)
+        run.log(step, {**{name: total / n for name, total in all_sum(totals).items()}, "lr": lr,
+                       "grad_norm": norm}, "code_ce", "token_ce", "accuracy")
+        run.save(step + 1, state)
+    if kind == "bc":
+        run.report("policy, held out", bc_report(agent, held, args.tokens_at_once))
+    elif task.splits["valid"]:
+        table, samples = tasks.evaluate(agent.eval(), task, {"valid": task.splits["valid"]},
+                                        args.seed, args.tokens_at_once)
+        run.report("reward, validation prompts", table)
+        run.append("samples.jsonl", samples[:20])
+    run.finish(**modules)
+
+
 if __name__ == "__main__":
-    launch(main, arguments())
+    launch(main)

@@ -9,39 +9,39 @@ current state and that code, so the code has to carry what the state leaves open
 
 L_inverse trains IDM, codebook and merge. P and P' go on training beside it with their own
 optimiser and losses (train_projector.py); states enter L_inverse detached, so it never reaches P.
-
-Deviations: unit weights for the projector's losses (the release multiplies by 1e-5 what it sums
-over d); noise keyed by step, row and position, so no split changes it; the merge is evaluated on
-labelled positions only.
+Deviations: README, rows 8 to 10.
 
     python train_idm.py                                                  # CPU, embedded default
     python train_idm.py --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text t.jsonl
     torchrun --nproc-per-node 8 train_idm.py --model ... --paired ... --text ...
 """
 
-from pathlib import Path
+import argparse
 
 import eval as tasks
 import train_projector
-from model import (Agent, Batch, Parser, Run, all_sum, cosine, folder_of, keyed_gumbel, launch,
-                   optimizer_step, require, say, set_lr, token_logprobs)
-from train_projector import (corpora, ensure_base, held_batches, next_batches, projector_counts,
-                             projector_losses, projector_report)
+from model import (Agent, Batch, Run, all_sum, corpora, cosine, count, fill, folder_of,
+                   held_batches, keyed_gumbel, launch, make_parser, next_batches, optimizer_step,
+                   predecessor, say, token_logprobs, within)
+from train_projector import ensure_base, projector_counts, projector_losses, projector_report
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 TAU = 2.0              # temperature of the Gumbel-softmax
 ENTROPY = 1e-3         # weight of the per-token entropy bonus
 WINDOW = 0.95          # decay of the running histogram of codes that usage is read from
+DEFAULTS = {"idm": {"tiny": {"steps": 250, "lr": 1e-3, "batch_tokens": 2048},
+                    "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}}}
 
 
-def arguments() -> Parser:
-    parser = Parser(__doc__)
-    parser.common_flags(steps=(250, 160), lr=(1e-3, 1e-4), batch_tokens=(2048, 8192))
-    parser.flag("--paired-steps", 0, "steps on paired rows alone before text-only rows join")
-    parser.flag("--save-every", 100, "steps between checkpoints")
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, DEFAULTS)
+    add = parser.add_argument_group("this stage").add_argument
+    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of corpus")
+    add("--paired-steps", type=within(int, 0), default=0,
+        help="on paired rows alone before text-only rows join (default: 0)")
     return parser
 
 
@@ -65,17 +65,24 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) ->
 
     states (B, M, d) detached; noise (B, M, |C|) Gumbel.
     """
-    at, targets = batch.labelled()
+    where, targets = batch.labelled()
     with agent.autocast():
-        logits = agent.idm_logits(states)[at].float()                       # (K, |C|)
-        choice = straight_through(logits, noise[:, :-1][at])
-        x = agent.world(states[:, :-1][at], choice @ agent.codebook.weight)  # (K, d)
+        logits = agent.idm_logits(states)[where].float()                    # (K, |C|)
+        choice = straight_through(logits, noise[:, :-1][where])
+        x = agent.world(states[:, :-1][where], choice @ agent.codebook.weight)  # (K, d)
         logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
     return -logps, negative_entropy(logits), choice.argmax(-1).detach()
 
 
+def inverse_counts(batches: list[Batch]) -> dict[str, float]:
+    """Global numbers of labelled positions on rows with and without image, at least 1."""
+    counts = all_sum({"paired": sum(int(b.targets[b.has_image].sum()) for b in batches),
+                      "text": sum(int(b.targets[~b.has_image].sum()) for b in batches)})
+    return {name: max(1.0, n) for name, n in counts.items()}
+
+
 @torch.no_grad()
-def idm_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
+def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
     """Held-out cross-entropy of x_{t+1} given the IDM's noise-free code, beside the backbone's
     own, shuffled codes' and random codes'; codes in use, marginal perplexity, and code use of
     text-only rows without the projector ("text, no P": coverage)."""
@@ -85,57 +92,56 @@ def idm_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
         labels["text, no P"] = "text"
     for label, name in labels.items():
         parts = []
-        for batch in held_batches(agent, held[name]):
-            at, targets = batch.labelled()
+        for batch in held_batches(agent, held[name], tokens_at_once):
+            where, targets = batch.labelled()
             e = agent.embeddings(batch)
             states = e if label != name else agent.project(e, batch.has_image)
             with agent.autocast():
-                codes = agent.idm_logits(states)[at].argmax(-1)
-            parts.append((e[:, :-1][at], states[:, :-1][at], codes, targets))
+                codes = agent.idm_logits(states)[where].argmax(-1)
+            parts.append((e[:, :-1][where], states[:, :-1][where], codes, targets))
         e, s, codes, targets = map(torch.cat, zip(*parts))                    # (K, ...) each
         generator = torch.Generator().manual_seed(0)
-        shuffle, guess = torch.randperm(len(codes), generator=generator), \
-            torch.randint(n, codes.shape, generator=generator)
+        shuffled = codes[torch.randperm(len(codes), generator=generator).to(s.device)]
+        random = torch.randint(n, codes.shape, generator=generator).to(s.device)
 
         def ce(given):
             with agent.autocast():
-                x = agent.world(s, agent.codebook(given.to(s.device))).to(s.dtype)
+                x = agent.world(s, agent.codebook(given)).to(s.dtype)
                 return -token_logprobs(head, x, targets).mean().item()
-        report[label] = {
-            "IDM": ce(codes), "shuffled": ce(codes[shuffle.to(s.device)]), "random": ce(guess),
-            "backbone": -token_logprobs(head, e, targets).mean().item(),
-            **tasks.code_usage(torch.bincount(codes, minlength=n))}
+        report[label] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
+                         "backbone": -token_logprobs(head, e, targets).mean().item(),
+                         **tasks.code_usage(torch.bincount(codes, minlength=n))}
     return report
 
 
-def ensure(args) -> Path:
-    """The finished IDM run that `args` calls for."""
-    return require(args, folder_of(args, "idm"), "train_idm.py", main, arguments())
-
-
-def main(args):
-    if args.no_projector:
-        ensure_base(args)
-    parent = None if args.no_projector else train_projector.ensure(args)
+def main(argv=None):
+    args = fill(arguments().parse_args(argv), DEFAULTS["idm"])
+    identity = tasks.identity(args, "paired", "text")
+    ensure_base(args)
+    parent = None if args.no_projector else predecessor(args, identity, "projector",
+                                                        train_projector)
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
     if parent:
         agent.load_run(parent)
-    run = Run(args, folder_of(args, "idm", args.name), "train_idm.py", parent, base=agent.base_hash,
-              mini=tasks.mini_hash())
+    run = Run(args, folder_of(args, "idm", args.name), agent, identity, parent)
     if run.finished:
         return
-    streams, held = corpora(args, agent.encoder)
+    streams, held = corpora(args, agent.encoder, tasks.embedded)
     modules = agent.train_only("idm", "codebook", "world", *(["projector"] if parent else []))
     latent = [p for name in ("idm", "codebook", "world") for p in modules[name].parameters()]
     optimizers = [torch.optim.AdamW(latent, weight_decay=0.0)]
     if parent:
         optimizers.append(torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0))
-    extra = {"window": torch.zeros(args.codes, dtype=torch.double)}
-    for step in run.steps(args.steps, modules, optimizers, streams, extra):
+    usage = nn.Module()
+    usage.register_buffer("window", torch.zeros(args.codes, dtype=torch.double))
+    state = {**modules, **streams, "usage": usage,
+             **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}}
+    for step in range(run.resume(state), args.steps):
         kinds = ("paired", "text") if step >= args.paired_steps else ("paired",)
-        batches, row_ids = next_batches(agent, streams, kinds)
+        batches, row_ids = next_batches(agent, streams, kinds, args.tokens_at_once)
         counts, latent_counts = projector_counts(batches), inverse_counts(batches)
-        total = torch.zeros(5 + args.codes, dtype=torch.double)
+        totals = dict.fromkeys(("ce_paired", "ce_text", "entropy", "paired", "cycle"), 0.0)
+        codes_taken = torch.zeros(args.codes, dtype=torch.double)
         for batch in batches:
             with torch.no_grad():
                 e = agent.embeddings(batch)
@@ -143,47 +149,37 @@ def main(args):
             noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), args.codes,
                                  args.seed, "idm", step).to(agent.device)
             ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
-            paired = batch.has_image[:, None].expand_as(batch.targets[:, :-1])[batch.labelled()[0]]
-            loss = ((ce + ENTROPY * neg_entropy)
-                    / torch.where(paired, latent_counts[0], latent_counts[1])).sum()
+            paired = batch.has_image[:, None].expand_as(batch.targets)[:, :-1][batch.labelled()[0]]
+            n = torch.where(paired, latent_counts["paired"], latent_counts["text"])
+            loss = ((ce + ENTROPY * neg_entropy) / n).sum()                    # L_inverse
+            figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
+                       "entropy": -neg_entropy.sum()}
             if parent:
                 projected = projector_losses(agent, batch, e, cycle=not args.no_cycle)
-                loss = loss + (projected / counts).sum()
-                total[3:5] += projected.detach().cpu()
+                loss = loss + sum(projected[name] / counts[name] for name in projected)
+                figures |= projected
             loss.backward()
-            total[:3] += torch.stack([ce[paired].sum(), ce[~paired].sum(),
-                                      -neg_entropy.sum()]).detach().cpu()
-            total[5:] += torch.bincount(codes, minlength=args.codes).cpu()
+            totals |= {name: totals[name] + value.detach() for name, value in figures.items()}
+            codes_taken += torch.bincount(codes, minlength=args.codes).cpu()
         lr = args.lr * cosine(step, args.steps, warmup=0.1, floor=0.1)
-        for optimizer in optimizers:
-            set_lr(optimizer, lr)
-        norm = optimizer_step(run, optimizers, row_ids)
-        total, n_latent, n_projector = all_sum(total), latent_counts.cpu(), counts.cpu()
-        extra["window"] = WINDOW * extra["window"] + total[5:]
-        usage = tasks.code_usage(extra["window"])
-        ce_paired, ce_text = (total[:2] / n_latent).tolist()
-        run.log({"step": step, "ce_paired": ce_paired, "ce_text": ce_text,
-                 "entropy": (total[2] / total[5:].sum()).item(),
-                 "loss_paired": (total[3] / n_projector[0]).item(),
-                 "loss_cycle": (total[4] / n_projector[1]).item(), **usage, "lr": lr,
-                 "grad_norm": norm}, f"ce {ce_paired:.3f}/{ce_text:.3f} codes "
-                f"{usage['codes_used']} perplexity {usage['code_perplexity']:.1f}")
-    if tasks.code_usage(extra["window"])["code_perplexity"] < 4:
+        norm = optimizer_step(run, optimizers, [lr] * len(optimizers), row_ids)
+        totals = all_sum({**totals, "codes": codes_taken})
+        usage.window.mul_(WINDOW).add_(totals["codes"])
+        run.log(step, {"ce_paired": totals["ce_paired"] / latent_counts["paired"],
+                       "ce_text": totals["ce_text"] / latent_counts["text"],
+                       "entropy": totals["entropy"] / max(1.0, totals["codes"].sum().item()),
+                       "loss_paired": totals["paired"] / counts["paired"],
+                       "loss_cycle": totals["cycle"] / counts["cycle"],
+                       **tasks.code_usage(usage.window), "lr": lr, "grad_norm": norm},
+                "ce_paired", "ce_text", "code_perplexity")
+        run.save(step + 1, state)
+    if tasks.code_usage(usage.window)["code_perplexity"] < 4:
         say("warning: the codebook has collapsed (perplexity below 4); see README, Troubleshooting")
     if parent:
-        run.report("squared error, held out", projector_report(agent, held))
-    run.report("cross-entropy, held out", idm_report(agent, held))
-    run.finish(modules)
-
-
-def inverse_counts(batches: list[Batch]) -> Tensor:
-    """Global numbers of labelled positions on rows with and without image, at least 1: (2,)."""
-    counts = torch.zeros(2)
-    for b in batches:
-        n = b.targets.sum(1)
-        counts += torch.stack([n[b.has_image].sum(), n[~b.has_image].sum()]).cpu()
-    return all_sum(counts).clamp(min=1).float().to(batches[0].ids.device if batches else None)
+        run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
+    run.report("cross-entropy, held out", idm_report(agent, held, args.tokens_at_once))
+    run.finish(**modules)
 
 
 if __name__ == "__main__":
-    launch(main, arguments())
+    launch(main)

@@ -4,13 +4,11 @@ Paper, section 3 (cross-modal projector) and its cycle consistency. Text-only ro
 so their embeddings e^T live in another space than e^{V,T}. P maps e^T to a Gaussian over e^{V,T}
 and P' back:
 
-    step 1  paired rows        L_t2vt + L_vt2t: NLL of the same token's other embedding
+    step 1  paired rows        L_t2vt + L_vt2t = -log p(e^{V,T} | P(e^T)) - log p(e^T | P'(e^{V,T}))
     step 2  paired + text      step 1 + L_cycle = -log p(e^T | P'(mu_P(e^T))) on text-only rows
 
-Deviations: mu is residual (the plain form was worse than the identity); squared errors are
-averaged over d and tokens instead of summed and scaled by 1e-5; only text *after* the first image
-counts, since before it both passes are equal. Stage 0 exists for `--model tiny` alone: a 0.8M
-Qwen2.5-VL taught the mini world from nothing, so that the whole method runs without a download.
+Stage 0 exists for `--model tiny` alone: a 0.8M Qwen2.5-VL taught the mini world from nothing, so
+that the whole method runs without a download. Deviations: README, rows 2, 7 and 8.
 
     python train_projector.py                                            # CPU, embedded default
     python train_projector.py --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text t.jsonl
@@ -20,16 +18,22 @@ Qwen2.5-VL taught the mini world from nothing, so that the whole method runs wit
 import argparse
 import os
 import shutil
-from pathlib import Path
 
 import eval as tasks
-from model import (Agent, Batch, Encoder, Parser, Projector, Run, Stream, UserError, all_sum,
-                   barrier, cosine, folder_of, key_seed, launch, micro_batches, model_root,
-                   optimizer_step, rank, require, say, set_lr, tiny_base, token_logprobs)
+from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
+                   Qwen2VLImageProcessorPil, Run, Stream, UserError, all_sum, barrier, corpora,
+                   cosine, count, fill, folder_of, held_batches, key_seed, launch, make_parser,
+                   model_root, next_batches, optimizer_step, rank, read_config, say,
+                   token_logprobs, within)
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+
+DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 2048},
+                          "full": {"steps": 160, "lr": 1e-3, "batch_tokens": 8192}}}
 
 # Stage 0, found on validation prompts: (phase, steps, Muon's lr, AdamW's lr). The last phase is
 # gentle, or dialogue undoes the grounding that alignment and captions have taught.
@@ -40,16 +44,166 @@ BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
 BASE_TOKENS = 3072
 
 
-def arguments() -> Parser:
-    parser = Parser(__doc__)
-    parser.common_flags(steps=(150, 160), lr=(2e-3, 1e-3), batch_tokens=(2048, 8192))
-    parser.flag("--paired-steps", None, "steps of step 1, before text-only rows join "
-                "(default: half)", type=int)
-    parser.flag("--save-every", 100, "steps between checkpoints")
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, DEFAULTS)
+    add = parser.add_argument_group("this stage").add_argument
+    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of corpus")
+    add("--paired-steps", type=within(int, 0), help="of step 1, before text-only rows join "
+        "(default: half)")
     return parser
 
 
+# ---- Stage 1a: the projectors ---------------------------------------------------------------
+
+
+def gaussian_nll(mu: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
+    """-log N(target; mu, exp(log_var)) up to constants, mean over d: (K, d) x 3 -> (K,).
+
+    (mu - target)^2 exp(-log var) + log var; the target carries no gradient.
+    """
+    return ((mu - target.detach()) ** 2 * torch.exp(-log_var) + log_var).mean(-1)
+
+
+def paired_loss(projector: Projector, e_vt: Tensor, e_t: Tensor) -> Tensor:
+    """L_t2vt + L_vt2t of the same tokens' two embeddings, (K, d) each -> sum over K."""
+    P, P_inv = projector.P, projector.P_inv
+    l_t2vt = gaussian_nll(P.mu(e_t), P.log_var(e_t), e_vt)
+    l_vt2t = gaussian_nll(P_inv.mu(e_vt), P_inv.log_var(e_vt), e_t)
+    return (l_t2vt + l_vt2t).sum()
+
+
+def cycle_loss(projector: Projector, e_t: Tensor) -> Tensor:
+    """L_cycle = -log p(e^T | P'(mu_P(e^T))) of text-only tokens, (K, d) -> sum over K."""
+    there = projector.P.mu(e_t)
+    return gaussian_nll(projector.P_inv.mu(there), projector.P_inv.log_var(there), e_t).sum()
+
+
+def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict[str, Tensor]:
+    """{"paired": L_t2vt + L_vt2t, "cycle": L_cycle} of one batch, summed over tokens.
+
+    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
+    """
+    nothing = 0 * agent.projector.P.mu(e[:1, 0].float()).sum()
+    losses = {"paired": nothing, "cycle": nothing}
+    with agent.autocast():
+        if batch.seen_image.any():
+            with torch.no_grad():
+                e_t = agent.text_embeddings(batch)
+            seen = batch.seen_image
+            losses["paired"] = paired_loss(agent.projector, e[seen].float(), e_t[seen].float())
+        if cycle and batch.text_only.any():
+            losses["cycle"] = cycle_loss(agent.projector, e[batch.text_only].float())
+    return losses
+
+
+def projector_counts(batches: list[Batch]) -> dict[str, float]:
+    """Global denominators of `projector_losses`, at least 1."""
+    counts = all_sum({"paired": sum(int(b.seen_image.sum()) for b in batches),
+                      "cycle": sum(int(b.text_only.sum()) for b in batches)})
+    return {name: max(1.0, n) for name, n in counts.items()}
+
+
+@torch.no_grad()
+def projector_report(agent: Agent, held: dict[str, list[Example]],
+                     tokens_at_once: int) -> dict[str, dict]:
+    """Mean squared error per dimension of P beside the identity's, of P', and of the cycle."""
+    report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
+    for name, examples in held.items():
+        parts = []
+        for batch in held_batches(agent, examples, tokens_at_once):
+            where = batch.real if name == "text" else batch.seen_image
+            parts.append([x[where].float() for x in (agent.embeddings(batch),
+                                                     agent.text_embeddings(batch))])
+        e, e_t = map(torch.cat, zip(*parts))                                  # (K, d) each
+        report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
+        if name != "text":
+            report[name] |= {"P": F.mse_loss(P.mu(e_t), e).item(),
+                             "P'": F.mse_loss(P_inv.mu(e), e_t).item(),
+                             "identity": F.mse_loss(e_t, e).item()}
+    return report
+
+
+def main(argv=None):
+    args = fill(arguments().parse_args(argv), DEFAULTS["projector"])
+    if args.parent:
+        raise UserError("--parent: the projectors start from the base alone")
+    ensure_base(args)
+    agent = Agent.from_base(args).make("projector", seed=args.seed)
+    run = Run(args, folder_of(args, "projector", args.name), agent,
+              tasks.identity(args, "paired", "text"))
+    if run.finished:
+        return
+    streams, held = corpora(args, agent.encoder, tasks.embedded)
+    modules = agent.train_only("projector")
+    optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
+    paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
+    state = {**modules, **streams, "optimizer": optimizer}
+    for step in range(run.resume(state), args.steps):
+        joint = step >= paired_steps and not args.no_cycle
+        batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else
+                                        ("paired",), args.tokens_at_once)
+        counts, totals = projector_counts(batches), {"paired": 0.0, "cycle": 0.0}
+        for batch in batches:
+            with torch.no_grad():
+                e = agent.embeddings(batch)
+            losses = projector_losses(agent, batch, e, cycle=joint)
+            sum(losses[name] / counts[name] for name in losses).backward()
+            totals = {name: totals[name] + losses[name].detach() for name in losses}
+        lr = args.lr * cosine(step, args.steps, warmup=0.1)
+        norm = optimizer_step(run, [optimizer], [lr], row_ids)
+        run.log(step, {**{f"loss_{name}": total / counts[name]
+                          for name, total in all_sum(totals).items()}, "lr": lr, "grad_norm": norm},
+                "loss_paired", "loss_cycle")
+        run.save(step + 1, state)
+    run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
+    run.finish(**modules)
+
+
 # ---- Stage 0: the base of `tiny` ------------------------------------------------------------
+
+
+def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
+              vocab: int = 1024) -> tuple:
+    """The embedded `tiny` architecture, untrained: a real Qwen2.5-VL of about 0.8M parameters.
+
+    Its byte-level BPE tokenizer (Qwen's special tokens, any text round-trips) is fitted to
+    `texts`. Returns (model, tokenizer, image processor), to be saved as an ordinary folder.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=special, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    ids, heads = tokenizer.convert_tokens_to_ids, 4
+    half = width // heads // 2
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 5 // 2,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+            max_position_embeddings=4096, bos_token_id=ids("<|endoftext|>"),
+            eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                             "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
+                           out_hidden_size=width, patch_size=14, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True)
+    torch.manual_seed(key_seed(seed, "base"))
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    return model, tokenizer, processor
 
 
 def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
@@ -76,8 +230,8 @@ def cell_words(rows: list[dict], tokenizer) -> Tensor:
 
 def language_loss(agent: Agent, batch: Batch) -> Tensor:
     """Summed cross-entropy of every text token after a text token."""
-    (at, targets), e = batch.labelled(), agent.embeddings(batch)
-    return -token_logprobs(agent.backbone.lm_head, e[:, :-1][at], targets).sum()
+    (where, targets), e = batch.labelled(), agent.embeddings(batch)
+    return -token_logprobs(agent.backbone.lm_head, e[:, :-1][where], targets).sum()
 
 
 def ensure_base(args):
@@ -86,49 +240,54 @@ def ensure_base(args):
     Saved as an ordinary Qwen2.5-VL folder, which everything else treats like the hub's; how it
     was trained stands in its subfolder pretraining/.
     """
-    folder = model_root(args) / "base"
-    if args.model != "tiny" or (folder / "model.safetensors").exists():
+    folder, identity = model_root(args) / "base", {"world": f"mini {tasks.MINI_VERSION}"}
+    if args.model != "tiny":
+        return
+    if (folder / "model.safetensors").exists():
+        made_for = read_config(folder / "pretraining")["identity"]
+        if made_for != identity:
+            raise UserError(f"{folder} knows {made_for['world']}, this is {identity['world']}; use "
+                            "another --run-root")
         return
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
-    run = Run(argparse.Namespace(seed=args.seed, save_every=200, fresh=False),
-              folder / "pretraining", "train_projector.py", None, mini=tasks.mini_hash())
     texts = [m["content"] for kind in ("caption", "base", "text")
              for row in tasks.mini_corpus(kind, 1500, args.seed) for m in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, args.seed)
     encoder = Encoder(tokenizer, processor, model.config)
     agent = Agent(model, encoder, {})
+    plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
+    run = Run(argparse.Namespace(seed=args.seed, steps=len(plan), fresh=False),
+              folder / "pretraining", agent, identity)
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
     matrices = {id(p) for name, p in model.named_parameters()
                 if p.dim() == 2 and "embed" not in name}
-    optimizers = [torch.optim.Muon([p for p in model.parameters() if id(p) in matrices],
-                                   weight_decay=0.0),
-                  torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices],
-                                    betas=(0.9, 0.95), weight_decay=0.0)]
-    rows = {phase: [row for kind, n in BASE_ROWS[phase].items()
+    muon = torch.optim.Muon([p for p in model.parameters() if id(p) in matrices], weight_decay=0.0)
+    adamw = torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices],
+                              betas=(0.9, 0.95), weight_decay=0.0)
+    rows = {phase: [row for kind, n in kinds.items()
                     for row in tasks.mini_corpus(kind, n, key_seed(args.seed, phase))]
-            for phase in BASE_ROWS}
+            for phase, kinds in BASE_ROWS.items()}
     streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(args.seed, phase))
                for phase in rows}
     words = dict(zip((row["id"] for row in rows["align"]), cell_words(rows["align"], tokenizer)))
-    plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
-    for at in run.steps(len(plan), {"backbone": model}, optimizers, streams):
-        phase, step, steps, *lrs = plan[at]
-        batches, row_ids = next_batches(agent, streams, (phase,))
-        count = all_sum(torch.tensor(sum(len(b.row_ids) if phase == "align" else
-                                         int(b.targets.sum()) for b in batches))).item()
-        total = torch.zeros(())
+    state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}
+    for step in range(run.resume(state), run.steps):
+        phase, phase_step, phase_steps, *lrs = plan[step]
+        batches, row_ids = next_batches(agent, streams, (phase,), args.tokens_at_once)
+        align = phase == "align"
+        n = all_sum({"n": sum(len(b.row_ids) if align else int(b.targets.sum())
+                              for b in batches)})["n"]
+        total = 0.0
         for batch in batches:
-            loss = align_loss(agent, batch, words) if phase == "align" \
-                else language_loss(agent, batch)
-            (loss / count).backward()
+            loss = align_loss(agent, batch, words) if align else language_loss(agent, batch)
+            (loss / n).backward()
             total += loss.detach()
-        for optimizer, lr in zip(optimizers, lrs):
-            set_lr(optimizer, lr * cosine(step, steps, warmup=0.05, floor=0.05))
-        norm = optimizer_step(run, optimizers, row_ids)
-        loss = (all_sum(total) / count).item()
-        run.log({"step": at, "phase": phase, "loss": loss, "grad_norm": norm},
-                f"{phase} loss {loss:.3f}")
+        factor = cosine(phase_step, phase_steps, warmup=0.05, floor=0.05)
+        norm = optimizer_step(run, [muon, adamw], [lr * factor for lr in lrs], row_ids)
+        run.log(step, {"phase": phase, "loss": all_sum({"loss": total})["loss"] / n,
+                       "grad_norm": norm}, "loss")
+        run.save(step + 1, state)
     if rank() == 0:
         half_made = folder / "pretraining" / "finished"
         for part in (model.eval(), tokenizer, processor):
@@ -140,156 +299,5 @@ def ensure_base(args):
     barrier()
 
 
-# ---- Stage 1a: the projectors ---------------------------------------------------------------
-
-
-def gaussian_nll(mu: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
-    """-log N(target; mu, exp(log_var)) up to constants, mean over d: (K, d) x 3 -> (K,).
-
-    (mu - target)^2 exp(-log var) + log var; the target carries no gradient.
-    """
-    return ((mu - target.detach()) ** 2 * torch.exp(-log_var) + log_var).mean(-1)
-
-
-def paired_loss(projector: Projector, e_vt: Tensor, e_t: Tensor) -> Tensor:
-    """L_t2vt + L_vt2t of the same tokens' two embeddings, (K, d) each -> sum over K."""
-    P, P_inv = projector.P, projector.P_inv
-    return (gaussian_nll(P.mu(e_t), P.log_var(e_t), e_vt)
-            + gaussian_nll(P_inv.mu(e_vt), P_inv.log_var(e_vt), e_t)).sum()
-
-
-def cycle_loss(projector: Projector, e_t: Tensor) -> Tensor:
-    """L_cycle = -log p(e^T | P'(mu_P(e^T))) of text-only tokens, (K, d) -> sum over K."""
-    there = projector.P.mu(e_t)
-    return gaussian_nll(projector.P_inv.mu(there), projector.P_inv.log_var(there), e_t).sum()
-
-
-def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> Tensor:
-    """[L_t2vt + L_vt2t, L_cycle] of one batch, summed over tokens: (2,).
-
-    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
-    """
-    alone = batch.real & ~batch.has_image[:, None]
-    losses = [0 * agent.projector.P.mu(e[:1, 0].float()).sum()] * 2
-    with agent.autocast():
-        if batch.seen_image.any():
-            with torch.no_grad():
-                e_t = agent.text_embeddings(batch)
-            seen = batch.seen_image
-            losses[0] = paired_loss(agent.projector, e[seen].float(), e_t[seen].float())
-        if cycle and alone.any():
-            losses[1] = cycle_loss(agent.projector, e[alone].float())
-    return torch.stack(losses)
-
-
-def projector_counts(batches: list[Batch]) -> Tensor:
-    """Global denominators of `projector_losses`, at least 1: (2,)."""
-    counts = torch.zeros(2)
-    for b in batches:
-        counts += torch.tensor([b.seen_image.sum(), (b.real & ~b.has_image[:, None]).sum()])
-    return all_sum(counts).clamp(min=1).float().to(batches[0].ids.device if batches else None)
-
-
-def next_batches(agent: Agent, streams: dict[str, Stream], kinds) -> tuple[list[Batch], list[str]]:
-    """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
-    rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
-    batches = [agent.encoder.collate(part, streams[kind].responses_only).to(agent.device)
-               for kind, examples in rows.items() for part in micro_batches(examples)]
-    return batches, [e.id for examples in rows.values() for e in examples]
-
-
-def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list]]:
-    """The streams of paired and text-only rows, and held-out rows for the stages' reports.
-
-    Held-out sets: "id", "ood" (mini only: the personas without paired data) and "text".
-    """
-    if args.model != "tiny" and not args.paired:
-        raise UserError("--paired FILE... is required for --model other than tiny")
-    if args.paired and not args.text and not args.no_text:
-        raise UserError("--paired without --text: name text-only rows as well, or say --no-text")
-    streams = {}
-    for kind in ("paired",) if args.no_text else ("paired", "text"):
-        source = getattr(args, kind)
-        if not source and not args.paired:
-            source = tasks.mini_corpus(kind, 4096, key_seed(args.seed, kind))
-        if source:
-            streams[kind] = Stream(source, encoder, args.batch_tokens, key_seed(args.seed, kind),
-                                   args.image_root, hold_out=96)
-    held = {"id": streams["paired"].held_out}
-    if not args.paired:
-        unseen = [p.name for p in tasks.PERSONAS[-tasks.HELD_OUT:]]
-        held["ood"] = [encoder.encode(row) for row in
-                       tasks.mini_corpus("base", 384, key_seed(args.seed, "held"))
-                       if row["persona"] in unseen][:96]
-    if "text" in streams:
-        held["text"] = streams["text"].held_out
-    return streams, {name: rows for name, rows in held.items() if rows}
-
-
-def held_batches(agent: Agent, examples: list):
-    """Held-out rows in batches of the training's size."""
-    for part in micro_batches(examples):
-        yield agent.encoder.collate(part).to(agent.device)
-
-
-@torch.no_grad()
-def projector_report(agent: Agent, held: dict[str, list]) -> dict[str, dict]:
-    """Mean squared error per dimension of P beside the identity's, of P', and of the cycle."""
-    report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
-    for name, examples in held.items():
-        parts = []
-        for batch in held_batches(agent, examples):
-            at = batch.real if name == "text" else batch.seen_image
-            parts.append([x[at].float() for x in (agent.embeddings(batch),
-                                                  agent.text_embeddings(batch))])
-        e, e_t = map(torch.cat, zip(*parts))                                  # (K, d) each
-        report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
-        if name != "text":
-            report[name] |= {"P": F.mse_loss(P.mu(e_t), e).item(),
-                             "P'": F.mse_loss(P_inv.mu(e), e_t).item(),
-                             "identity": F.mse_loss(e_t, e).item()}
-    return report
-
-
-def ensure(args) -> Path:
-    """The finished projector run that `args` calls for."""
-    return require(args, folder_of(args, "projector"), "train_projector.py", main, arguments())
-
-
-def main(args):
-    ensure_base(args)
-    agent = Agent.from_base(args).make("projector", seed=args.seed)
-    if args.parent:
-        raise UserError("--parent: the projectors start from the base alone")
-    run = Run(args, folder_of(args, "projector", args.name), "train_projector.py", None,
-              base=agent.base_hash, mini=tasks.mini_hash())
-    if run.finished:
-        return
-    streams, held = corpora(args, agent.encoder)
-    modules = agent.train_only("projector")
-    optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
-    paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
-    for step in run.steps(args.steps, modules, [optimizer], streams):
-        joint = step >= paired_steps and not args.no_cycle
-        kinds = ("paired", "text") if joint else ("paired",)
-        batches, row_ids = next_batches(agent, streams, kinds)
-        counts = projector_counts(batches)
-        total = torch.zeros(2)
-        for batch in batches:
-            with torch.no_grad():
-                e = agent.embeddings(batch)
-            losses = projector_losses(agent, batch, e, cycle=joint)
-            (losses / counts).sum().backward()
-            total += losses.detach().cpu()
-        lr = args.lr * cosine(step, args.steps, warmup=0.1)
-        set_lr(optimizer, lr)
-        norm = optimizer_step(run, [optimizer], row_ids)
-        paired, cycled = (all_sum(total) / counts.cpu()).tolist()
-        run.log({"step": step, "loss_paired": paired, "loss_cycle": cycled, "lr": lr,
-                 "grad_norm": norm}, f"paired {paired:.3f} cycle {cycled:.3f}")
-    run.report("squared error, held out", projector_report(agent, held))
-    run.finish(modules)
-
-
 if __name__ == "__main__":
-    launch(main, arguments())
+    launch(main)

@@ -1,37 +1,35 @@
 """Stage 3: reinforcement learning of the policy over latent actions (or tokens, the baseline).
 
 Paper, section 4. A rollout takes a_t ~ pi(. | s_1..s_t) and x_{t+1} = argmax f_world(s_t, a_t)
-until the end of turn; the judge's reward of the finished text trains the policy's layers, norm
-and head, and nothing else. GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS; every
-entry is a flag, so an ablation is a flag and a new algorithm is a row.
+until the end of turn; the judge's reward r of the finished text trains the policy's layers, norm
+and head, and nothing else. Per token, with ratio rho = pi(a_t) / pi_old(a_t) and advantage A:
 
-Where we differ from the algorithms' papers or from the release:
- 1. The names mean what their own papers define. What the release ran under these names (loss
-    types of TRL: always std-scaled, clip 0.2/0.2, KL 0.01, no filtering) is `--algo *_released`.
- 2. DAPO averages over all tokens of the global batch, as its reference code does; its paper sums
-    per group. At the refill limit it trains on the groups it has and says so.
- 3. Advantages use the full group; answers whose judging failed are masked out of statistics,
-    loss and denominators alike, never scored as 0.
- 4. States do not depend on the policy, so updates run the policy module alone on the rollout's
-    cached states; the reference model is a copy of that module. The token baseline caches the
-    input of its first trained layer likewise.
+    loss = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || pi_start)
+
+GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS, by their own papers' definitions;
+`*_released` are what the release ran under these names. Every entry is a flag, so an ablation is a
+flag and a new algorithm is a row. Advantages use the full group; answers whose judging failed are
+masked out of statistics, loss and denominators alike, never scored as 0. Deviations: README, rows
+14 to 18.
 
     torchrun train_rl.py --algo dapo                      # CPU or one GPU, embedded default
     torchrun train_rl.py --algo grpo --action-space token # the token-level baseline
     torchrun --nproc-per-node 8 train_rl.py --model Qwen/Qwen2.5-VL-3B-Instruct --task my.jsonl
 """
 
+import argparse
 import copy
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import eval as tasks
 import train_bc
-from model import (Agent, Parser, Rollout, Run, UserError, action_statistics, all_sum, folder_of,
-                   gather, key_seed, launch, optimizer_step, rank, read_config, replay, rollout,
-                   say, set_lr, task_tag, world_size)
+from model import (Agent, Rollout, Run, UserError, action_statistics, all_sum, count, fill,
+                   folder_of, gather, key_seed, launch, make_parser, optimizer_step, positive,
+                   predecessor, rank, replay, rollout, say, split_prompts, within, world_size)
 
 import torch
 from torch import Tensor
@@ -41,91 +39,76 @@ from torch import Tensor
 class Algorithm:
     """One row: how advantages are scaled, ratios clipped and token losses aggregated."""
     scale: str                      # group, none or beta (`advantages`)
-    clip_low: float                 # ratio floor 1 - clip_low
-    clip_high: float                # ratio ceiling 1 + clip_high
+    clip: tuple[float, float]       # low, high: the ratio stays in [1 - low, 1 + high]
     aggregate: str                  # sequence, length, tokens, sum or local (`token_weights`)
     beta: float = 0.0               # weight of the KL to the starting policy
-    dynamic_sampling: bool = False  # refill groups without variance
-    overlong: bool = False          # soft punishment of overlong answers
+    extras: tuple[str, ...] = ()    # dynamic-sampling: refill groups without variance;
+                                    # overlong: soft punishment of overlong answers
 
 
 ALGORITHMS = {
-    "grpo": Algorithm("group", 0.2, 0.2, "sequence", beta=0.01),            # 2402.03300
-    "dr_grpo": Algorithm("none", 0.2, 0.2, "length"),                       # 2503.20783
-    "dapo": Algorithm("group", 0.2, 0.28, "tokens", dynamic_sampling=True, overlong=True),
-    "bnpo": Algorithm("beta", 0.2, 0.28, "sum"),                            # 2506.02864
-    "grpo_released": Algorithm("group", 0.2, 0.2, "sequence", beta=0.01),
-    "dr_grpo_released": Algorithm("group", 0.2, 0.2, "length", beta=0.01),
-    "dapo_released": Algorithm("group", 0.2, 0.2, "tokens", beta=0.01),
-    "bnpo_released": Algorithm("group", 0.2, 0.2, "local", beta=0.01),
+    "grpo": Algorithm("group", (0.2, 0.2), "sequence", beta=0.01),                  # 2402.03300
+    "dr_grpo": Algorithm("none", (0.2, 0.2), "length"),                             # 2503.20783
+    "dapo": Algorithm("group", (0.2, 0.28), "tokens",                               # 2503.14476
+                      extras=("dynamic-sampling", "overlong")),
+    "bnpo": Algorithm("beta", (0.2, 0.28), "sum"),                                  # 2506.02864
+    "grpo_released": Algorithm("group", (0.2, 0.2), "sequence", beta=0.01),
+    "dr_grpo_released": Algorithm("group", (0.2, 0.2), "length", beta=0.01),
+    "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
+    "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
+DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4, "min_p": 0.1},
+                       "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}},
+            "token": {"tiny": {"steps": 80, "lr": 2.5e-4, "min_p": 0.0},
+                      "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}}}
+MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
+SAMPLE_EVERY = 20                   # steps between rows of samples.jsonl
 # Of log ratios before any update; in bfloat16 a logit of 16 to 32 is rounded to an eighth.
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
-def arguments() -> Parser:
-    parser = Parser(__doc__)
-    parser.common_flags(steps=(80, 100), lr=(2e-4, 1e-6), min_p=(0.1, 0.0))
-    parser.by_stage = lambda args: {"lr": (2.5e-4, 1e-6), "min_p": (0.0, 0.0)} \
-        if args.action_space == "token" else {}
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, DEFAULTS)
     tasks.task_flags(parser)
-    parser.flag("--algo", "grpo", "row of the table of algorithms", choices=tuple(ALGORITHMS))
-    parser.flag("--action-space", "latent", "what an action is", choices=("latent", "token"))
-    parser.flag("--sft", "clone", "latent SFT to start from", choices=("clone", "release"))
-    parser.flag("--scale", None, "advantage (default: the algorithm's)",
-                choices=("group", "none", "beta"))
-    parser.flag("--clip-low", None, "ratio floor 1 - x (default: the algorithm's); clipping acts "
-                "only with several updates a rollout, --minibatches or --inner-epochs", type=float)
-    parser.flag("--clip-high", None, "ratio ceiling 1 + x (default: the algorithm's)", type=float)
-    parser.flag("--aggregate", None, "token weights (default: the algorithm's)",
-                choices=("sequence", "length", "tokens", "sum", "local"))
-    parser.flag("--beta", None, "weight of the KL (default: the algorithm's)", type=float)
-    parser.flag("--kl", "k3", "k3: sampled; exact: summed over all actions",
-                choices=("k3", "exact"))
-    parser.flag("--dynamic-sampling", None, "on or off (default: the algorithm's)",
-                choices=("on", "off"))
-    parser.flag("--overlong", None, "on or off (default: the algorithm's)", choices=("on", "off"))
-    parser.flag("--group-size", 8, "answers a prompt, G")
-    parser.flag("--prompts", 8, "prompts a step over all ranks")
-    parser.flag("--max-new-tokens", 0, "longest answer (0: the task's)")
-    parser.flag("--temperature", 1.0, "of the action distribution, in sampling and scoring")
-    parser.flag("--min-p", None, "outside the paper: codes cannot choose tokens less likely "
-                "under the backbone than this share of its best; 0 is off"
-                + parser.shown("min_p"), type=float)
-    parser.flag("--inner-epochs", 1, "passes over each rollout batch")
-    parser.flag("--minibatches", 1, "optimiser steps a pass")
-    parser.flag("--splits", None, "evaluated before and after; none named: no evaluation "
-                "(default: valid, tiny id ood); tune on valid", nargs="*", choices=tasks.SPLITS)
-    parser.flag("--save-every", 20, "steps between checkpoints and samples")
+    add = parser.add_argument_group("algorithm: a row of ALGORITHMS, and what replaces its entries"
+                                    ).add_argument
+    add("--algo", default="grpo", choices=tuple(ALGORITHMS), help="(default: grpo)")
+    add("--scale", choices=("group", "none", "beta"), help="of the advantage")
+    add("--clip", nargs=2, type=within(float, 0), metavar=("LOW", "HIGH"),
+        help="of the ratio; acts only where a rollout has several updates (--inner-epochs)")
+    add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
+        help="token weights")
+    add("--beta", type=within(float, 0), help="weight of the KL to the starting policy")
+    add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="none named: neither")
+    add("--kl", default="k3", choices=("k3", "exact"),
+        help="k3: sampled; exact: summed over all actions at each visited state (default: k3)")
+    add = parser.add_argument_group("this stage").add_argument
+    add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
+    add("--prompts", type=count, default=8, help="a step over all ranks (default: 8)")
+    add("--group-size", type=within(int, 2), default=8, help="answers a prompt, G (default: 8)")
+    add("--max-new-tokens", type=count, help="longest answer (default: the task's)")
+    add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
+    add("--min-p", type=within(float, 0, 1), help="outside the paper: codes cannot choose tokens "
+        "less likely under the backbone than this share of its best; 0 is off")
+    add("--inner-epochs", type=count, default=1, help="passes over each rollout (default: 1)")
+    add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
+        "no evaluation (default: valid, tiny: id ood); tune on valid")
     return parser
 
 
-def resolve_algorithm(args) -> Algorithm:
+def resolve_algorithm(args, ranks: int = 1) -> Algorithm:
     """The table's row with the flags' overrides; impossible combinations are refused here."""
-    algorithm = copy.copy(ALGORITHMS[args.algo])
-    for name in ("scale", "clip_low", "clip_high", "aggregate", "beta"):
-        if getattr(args, name) is not None:
-            setattr(algorithm, name, getattr(args, name))
-    for name in ("dynamic_sampling", "overlong"):
-        if getattr(args, name) is not None:
-            setattr(algorithm, name, getattr(args, name) == "on")
-    for name in ("group_size", "prompts", "inner_epochs", "minibatches", "temperature"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive")
-    if args.group_size == 1:
-        raise UserError("--group-size 1: an answer's advantage is over the others of its group; "
-                        "take at least 2")
-    if not 0 <= args.min_p < 1:
-        raise UserError("--min-p must lie in [0, 1)")
     if args.min_p and args.action_space == "token":
         raise UserError("--min-p with --action-space token would sample from another support than "
                         "is scored; train without it and give it to eval.py")
-    if args.prompts < world_size():
-        raise UserError(f"--prompts {args.prompts} is less than the {world_size()} ranks; raise "
-                        "it")
-    return algorithm
+    if args.prompts < ranks:
+        raise UserError(f"--prompts {args.prompts} is less than the {ranks} ranks; raise it")
+    given = {name: value if isinstance(value, (str, float)) else tuple(value)
+             for name in vars(ALGORITHMS[args.algo])
+             if (value := getattr(args, name)) is not None}
+    return replace(ALGORITHMS[args.algo], **given)
 
 
 # ---- Rewards and advantages: pure functions -------------------------------------------------
@@ -169,6 +152,12 @@ def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
     return torch.exp(-log_pdf).clamp(max=1e6)
 
 
+def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Rewards mapped affinely from the task's declared bounds to [0, 1]."""
+    low, high = bounds
+    return ((rewards - low) / (high - low)).clamp(0.0, 1.0)
+
+
 def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 1.0),
                all_p: Tensor | None = None) -> Tensor:
     """Advantage of each answer, (P, G) -> (P, G); failed judgements (NaN) get 0.
@@ -180,18 +169,12 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
     if scale == "beta":
         rewards = to_unit(rewards, bounds)
     mean, std = group_moments(rewards)
-    centred = rewards - mean
+    A = rewards - mean
     if scale == "group":
-        centred = centred / (std + STD_EPS)
+        A = A / (std + STD_EPS)
     if scale == "beta":
-        centred = centred * beta_weights(mean, mean[:, 0] if all_p is None else all_p)
-    return centred.nan_to_num(0.0).float()
-
-
-def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Rewards mapped affinely from the task's declared bounds to [0, 1]."""
-    low, high = bounds
-    return ((rewards - low) / (high - low)).clamp(0.0, 1.0)
+        A = A * beta_weights(mean, mean[:, 0] if all_p is None else all_p)
+    return A.nan_to_num(0.0).float()
 
 
 # ---- The loss: pure functions ---------------------------------------------------------------
@@ -226,25 +209,14 @@ def token_weights(aggregate: str, lengths: Tensor, n_sequences: float, n_tokens:
     over ranks (n_tokens then is that).
     """
     one = torch.ones_like(lengths, dtype=torch.float)
-    return {"sequence": lambda: one / (n_sequences * lengths.clamp(min=1)),
-            "length": lambda: one / (n_sequences * max_new_tokens),
-            "tokens": lambda: one / n_tokens,
-            "sum": lambda: one / n_sequences,
-            "local": lambda: one / n_tokens}[aggregate]()
+    return {"sequence": one / (n_sequences * lengths.clamp(min=1)),
+            "length": one / (n_sequences * max_new_tokens),
+            "tokens": one / n_tokens,
+            "sum": one / n_sequences,
+            "local": one / n_tokens}[aggregate]
 
 
 # ---- One step: rollouts, then the update ----------------------------------------------------
-
-
-@dataclass
-class Judged:
-    """One round's rollout on this rank, its rewards and which of its prompts train."""
-    rollout: Rollout
-    rewards: Tensor                 # (P, G) the task's reward, NaN where judging failed
-    shaped: Tensor                  # (P, G) with the overlong term
-    order: list[int]                # global place of each of its prompts in the step
-    rows: list[dict]
-    keep: list[int] = None          # prompts (indices into this rollout) that train
 
 
 class Prompts:
@@ -252,6 +224,12 @@ class Prompts:
 
     def __init__(self, rows: list[dict], seed: int):
         self.rows, self.seed, self.cursor = rows, seed, 0
+
+    def state_dict(self) -> dict:
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict):
+        self.cursor = state["cursor"]
 
     def next(self, n: int) -> list[dict]:
         taken = []
@@ -265,225 +243,227 @@ class Prompts:
 
 
 def play(agent: Agent, task, rows: list[dict], places: list[int], args, algorithm: Algorithm,
-         key: tuple) -> tuple[Judged | None, float, float]:
-    """Roll out and judge this rank's share of a round; (result, rollout seconds, judge seconds)."""
-    if not rows:
-        return None, 0.0, 0.0
-    began = time.time()
+         key: tuple) -> tuple[list[tuple[Rollout, list[int]]], dict[int, dict]]:
+    """Roll out and judge this rank's share of a round, in parts of --tokens-at-once.
+
+    Returns the rollouts with the places of their prompts in the step, and place -> what is known
+    of that group: `rewards` (G) of the task, NaN where judging failed, `shaped` with the overlong
+    term, texts, lengths, how often each action was taken, seconds.
+    """
     prompts = [agent.encoder.encode(row, prompt=True) for row in rows]
-    out = rollout(agent, prompts, args.group_size, args.max_new_tokens or task.max_new_tokens,
-                  args.temperature, [key_seed(*key, place, row["id"])
-                                     for place, row in zip(places, rows)])
+    seeds = [key_seed(*key, place, row["id"]) for place, row in zip(places, rows)]
+    parts, groups, G, began = [], {}, args.group_size, time.time()
+    for part in split_prompts(prompts, G, task.max_new_tokens, args.tokens_at_once):
+        out = rollout(agent, [prompts[i] for i in part], G, task.max_new_tokens, args.temperature,
+                      [seeds[i] for i in part])
+        parts.append((out, [places[i] for i in part]))
+        for k, i in enumerate(part):
+            answers = slice(k * G, (k + 1) * G)
+            taken = out.actions[answers][out.mask[answers]]
+            groups[places[i]] = {
+                "id": rows[i]["id"], "prompt": rows[i]["messages"][:-1],
+                "texts": out.texts[answers], "lengths": out.mask[answers].sum(1).cpu(),
+                "finished": out.finished[answers].cpu(),
+                "actions": torch.bincount(taken, minlength=agent.policy.head.out_features).cpu()}
     rolled = time.time()
-    each = [row for row in rows for _ in range(args.group_size)]
-    rewards = [task.reward(reply) for reply in task.judge(each, out.texts)]
-    rewards = torch.tensor([math.nan if r is None else r for r in rewards])
-    shaped = rewards
-    if algorithm.overlong:
-        shaped = rewards + overlong_punishment(out.mask.sum(1).cpu(), args.max_new_tokens or
-                                               task.max_new_tokens)
-    shape = (len(rows), args.group_size)
-    return (Judged(out, rewards.view(shape), shaped.view(shape), places, rows),
-            rolled - began, time.time() - rolled)
+    replies = task.judge([row for row in rows for _ in range(G)],
+                         [text for group in groups.values() for text in group["texts"]])
+    for group, own in zip(groups.values(), (replies[k:k + G] for k in range(0, len(replies), G))):
+        rewards = [task.reward(reply) for reply in own]
+        rewards = torch.tensor([math.nan if r is None else r for r in rewards])
+        overlong = overlong_punishment(group["lengths"], task.max_new_tokens)
+        group |= {"rewards": rewards, "shaped": rewards + overlong if "overlong" in
+                  algorithm.extras else rewards, "seconds_rollout": (rolled - began) / len(rows),
+                  "seconds_judge": (time.time() - rolled) / len(rows)}
+    return parts, groups
 
 
 def collect(agent: Agent, task, prompts: Prompts, args, algorithm: Algorithm, step: int):
-    """The step's judged rollouts on this rank, with dynamic sampling, and its figures.
+    """The step's rollouts on this rank, all groups of all ranks, and the places that train.
 
     Dynamic sampling keeps groups whose task reward (before the overlong term) varies and refills
     up to REFILLS more rounds; the same decision on every rank, surplus groups are cut.
     """
-    rounds, kept, played, seconds = [], [], 0, [0.0, 0.0]
-    for attempt in range(1 + REFILLS * algorithm.dynamic_sampling):
-        rows = prompts.next(args.prompts)
-        mine = list(range(rank(), len(rows), world_size()))
-        judged, *spent = play(agent, task, [rows[i] for i in mine], [played + i for i in mine],
-                              args, algorithm, (args.seed, "rl", step, attempt))
-        seconds = [a + b for a, b in zip(seconds, spent)]
-        played += len(rows)
-        varies = {}
-        if judged:
-            rounds.append(judged)
-            std = group_moments(judged.rewards)[1][:, 0]
-            varies = {p: bool(s > 1e-8) for p, s in zip(judged.order, std)}
-        varies = gather(varies)
-        kept += [p for p in sorted(varies) if varies[p] or not algorithm.dynamic_sampling]
+    dynamic = "dynamic-sampling" in algorithm.extras
+    parts, groups, kept = [], {}, []
+    for attempt in range(1 + REFILLS * dynamic):
+        rows, played = prompts.next(args.prompts), len(groups)
+        mine = range(rank(), len(rows), world_size())
+        new_parts, new_groups = play(agent, task, [rows[i] for i in mine],
+                                     [played + i for i in mine], args, algorithm,
+                                     (args.seed, "rl", step, attempt))
+        parts += new_parts
+        groups |= dict(sorted(gather(new_groups).items()))
+        kept = [p for p, group in groups.items() if not dynamic or varies(group["rewards"])]
         if len(kept) >= args.prompts:
             break
-    if algorithm.dynamic_sampling and len(kept) < args.prompts:
-        say(f"note: step {step}: {played} groups played, {len(kept)} of {args.prompts} wanted vary")
-    kept = kept[:args.prompts]
-    for judged in rounds:
-        judged.keep = [i for i, p in enumerate(judged.order) if p in kept]
-    return rounds, kept, played, seconds
+    if dynamic and len(kept) < args.prompts:
+        say(f"note: step {step}: of {len(groups)} groups {len(kept)} vary, {args.prompts} wanted")
+    return parts, groups, kept[:args.prompts]
 
 
-def update(agent: Agent, reference, optimizer, run: Run, rounds: list[Judged], kept: list[int],
-           args, algorithm: Algorithm, task, tokens_at_once: int = 32768) -> dict[str, float]:
+def varies(rewards: Tensor) -> bool:
+    """Whether a group's rewards (G,) differ, so that its advantages say anything."""
+    return group_moments(rewards[None])[1].item() > 1e-8
+
+
+def micro_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
+                  chosen: list[int], args, algorithm: Algorithm,
+                  bounds) -> list[tuple[Rollout, Tensor, Tensor]]:
+    """(rollout, advantages (N,), loss mask (N, T)) of the chosen places on this rank, in whole
+    groups, so that a prompt is one pass of the policy for all its answers."""
+    batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
+                                      for group in groups.values()])
+    for r, places in parts:
+        index = [i for i, place in enumerate(places) if place in chosen]
+        width = r.prompt.shape[1] + args.group_size * r.tokens.shape[1]
+        per = max(1, args.tokens_at_once // width)
+        for some in (index[i:i + per] for i in range(0, len(index), per)):
+            rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
+            A = advantages(rewards, algorithm.scale, bounds, all_p[~all_p.isnan()])
+            part, judged = r.select(some), ~rewards.isnan().view(-1, 1).to(r.mask.device)
+            batches.append((part, A.view(-1).to(r.mask.device), part.mask & judged))
+    return batches
+
+
+def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
+           args, algorithm: Algorithm, task) -> dict[str, float]:
     """Inner epochs x minibatches of optimiser steps on the kept groups; global figures.
 
-    Denominators are counted over all ranks once per optimiser step, before any backward. Micro-
-    batches are whole groups, so a prompt is one pass of the policy for its G answers.
+    Denominators are counted over all ranks once per optimiser step, before any backward.
     """
-    bias = agent.token_bias if agent.space == "token" else None
-    max_new = args.max_new_tokens or task.max_new_tokens
-    means = gather({p: to_unit(r, task.bounds).nanmean().item() for j in rounds
-                    for p, r in zip(j.order, j.shaped) if p in kept})
-    all_p = torch.tensor([means[p] for p in sorted(means) if not math.isnan(means[p])])
-    figures, first_error, norms = torch.zeros(5, dtype=torch.double), None, []
-    device = agent.device
-    for epoch in range(args.inner_epochs):
-        for minibatch in range(args.minibatches):
-            at = [len(kept) * k // args.minibatches for k in (minibatch, minibatch + 1)]
-            chosen = set(kept[slice(*at)])               # consecutive: spread over the ranks
-            parts = []                                   # (rollout, advantages, loss mask)
-            for j in rounds:
-                index = [i for i in j.keep if j.order[i] in chosen]
-                per = max(1, tokens_at_once // max(1, j.rollout.tokens.shape[1] * args.group_size))
-                for piece in (index[i:i + per] for i in range(0, len(index), per)):
-                    sub = j.rollout.select(piece)
-                    judged = ~j.shaped[piece].isnan().view(-1).to(device)
-                    A = advantages(j.shaped[piece], algorithm.scale, task.bounds, all_p)
-                    parts.append((sub, A.view(-1).to(device), sub.mask & judged[:, None]))
-            counts = all_sum(torch.tensor([sum(int(m.any(1).sum()) for *_, m in parts),
-                                           sum(int(m.sum()) for *_, m in parts)]))
-            if not counts[1]:    # no step: AdamW's momentum alone would move the policy
+    bias, kept = agent.token_bias if agent.space == "token" else None, list(groups)
+    totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss"), 0.0)
+    ratio_error, norms = 0.0, []
+    for minibatch in range(args.inner_epochs * MINIBATCHES):
+        k = minibatch % MINIBATCHES                     # consecutive places: spread over the ranks
+        places = kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
+        batches = micro_batches(parts, groups, places, args, algorithm, task.bounds)
+        own_tokens = sum(int(mask.sum()) for *_, mask in batches)
+        n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
+                     "tokens": own_tokens})
+        if not n["tokens"]:  # no step: AdamW's momentum alone would move the policy
+            continue
+        if algorithm.aggregate == "local":
+            n["tokens"] = max(1, own_tokens) * world_size()
+        for r, A, mask in batches:
+            if not mask.any():
                 continue
-            n_sequences, n_tokens = counts.tolist()
-            if algorithm.aggregate == "local":
-                n_tokens = max(1, sum(int(m.sum()) for *_, m in parts)) * world_size()
-            for sub, A, mask in parts:
-                if not mask.any():
-                    continue
-                with agent.autocast():
-                    h = replay(agent.policy, sub)[mask]
-                    ref_h = None
-                    if reference is not None:
-                        with torch.no_grad():
-                            ref_h = replay(reference, sub)[mask]
-                    logps, entropy, ref_logps, exact = action_statistics(
-                        agent.policy, h, sub.actions[mask], args.temperature, bias, reference,
-                        ref_h)
-                which = mask.nonzero()[:, 0]
-                loss = surrogate(logps, sub.logps[mask], A[which], algorithm.clip_low,
-                                 algorithm.clip_high)
-                kl = torch.zeros_like(logps)
+            with agent.autocast():
+                h, ref_h = replay(agent.policy, r)[mask], None                 # (K, d)
                 if reference is not None:
-                    kl = exact if args.kl == "exact" else k3(logps, ref_logps)
-                    loss = loss + algorithm.beta * kl
-                weights = token_weights(algorithm.aggregate, mask.sum(1), n_sequences, n_tokens,
-                                        max_new)
-                loss = (loss * weights[which]).sum()
-                loss.backward()
-                log_ratio = (logps - sub.logps[mask]).detach()
-                clipped = (log_ratio.exp() < 1 - algorithm.clip_low) \
-                    | (log_ratio.exp() > 1 + algorithm.clip_high)
-                figures += torch.stack([entropy.sum(), kl.sum(), clipped.sum(), mask.sum(),
-                                        loss]).detach().cpu()
-                if not norms:                            # nothing has been updated yet
-                    first_error = max(first_error or 0.0, log_ratio.abs().max().item())
-            ids = [row["id"] for j in rounds for row in j.rows]
-            norms.append(optimizer_step(run, [optimizer], ids))
-    figures = all_sum(figures)
-    entropy, kl, clipped = (figures[:3] / figures[3].clamp(min=1)).tolist()
-    loss_sum = figures[4].item()
-    errors = gather({rank(): first_error or 0.0})
-    if max(errors.values()) > RATIO_TOLERANCE[agent.dtype]:
-        raise AssertionError(f"ratio is not 1 before the first update: {errors}; the rollout and "
-                             "the update disagree")
-    return {"loss": loss_sum / max(1, len(norms)), "kl": kl, "entropy": entropy,
-            "clip_fraction": clipped, "grad_norm": norms[-1] if norms else 0.0,
-            "ratio_error": max(errors.values())}
+                    with torch.no_grad():
+                        ref_h = replay(reference, r)[mask]
+                logps, entropy, ref_logps, exact = action_statistics(
+                    agent.policy, h, r.actions[mask], args.temperature, bias, reference, ref_h)
+            answer, old_logps = mask.nonzero()[:, 0], r.logps[mask]
+            loss = surrogate(logps, old_logps, A[answer], *algorithm.clip)
+            kl = torch.zeros_like(logps)
+            if reference is not None:
+                kl = exact if args.kl == "exact" else k3(logps, ref_logps)
+                loss = loss + algorithm.beta * kl
+            weights = token_weights(algorithm.aggregate, mask.sum(1), n["sequences"], n["tokens"],
+                                    task.max_new_tokens)
+            loss = (loss * weights[answer]).sum()
+            loss.backward()
+            log_ratio = (logps - old_logps).detach()
+            low, high = algorithm.clip
+            clipped = (log_ratio.exp() < 1 - low) | (log_ratio.exp() > 1 + high)
+            for name, part in zip(totals, (entropy, kl, clipped, mask, loss)):
+                totals[name] += part.detach().sum()
+            if not norms:                               # nothing has been updated yet
+                ratio_error = max(ratio_error, log_ratio.abs().max().item())
+        row_ids = [groups[place]["id"] for place in places]
+        norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
+    totals = all_sum(totals)
+    ratio_error = max(gather({rank(): ratio_error}).values())
+    if ratio_error > RATIO_TOLERANCE[agent.dtype]:
+        raise AssertionError(f"ratio is not 1 before the first update: {ratio_error}; the rollout "
+                             "and the update disagree")
+    tokens = max(1.0, totals["tokens"])
+    return {"loss": totals["loss"] / max(1, len(norms)), "kl": totals["kl"] / tokens,
+            "entropy": totals["entropy"] / tokens, "clip_fraction": totals["clipped"] / tokens,
+            "grad_norm": norms[-1] if norms else 0.0, "ratio_error": ratio_error}
 
 
-def step_figures(agent: Agent, rounds: list[Judged], kept: list[int], played: int) -> dict:
-    """Reward, variance, length, code and text diversity of everything rolled out this step."""
-    n = agent.policy.head.out_features
-    sums = torch.zeros(8, dtype=torch.double)
-    codes = torch.zeros(n if agent.space == "latent" else 1, dtype=torch.double)
-    for j in rounds:
-        judged = j.rewards[~j.rewards.isnan()]
-        groups = [j.rollout.texts[i:i + j.rollout.group]
-                  for i in range(0, len(j.rollout.texts), j.rollout.group)]
-        sums += torch.tensor([
-            judged.sum(), (judged ** 2).sum(), len(judged), j.rewards.isnan().sum(),
-            (group_moments(j.rewards)[1] <= 1e-8).sum(), j.rollout.mask.sum(),
-            sum(len(set(g)) / len(g) for g in groups), (~j.rollout.finished).sum()])
-        if agent.space == "latent":
-            codes += torch.bincount(j.rollout.actions[j.rollout.mask], minlength=n).cpu()
-    total, squares, n_judged, failed, flat, length, distinct, cut = all_sum(sums).tolist()
-    n_judged = max(1.0, n_judged)
-    mean, answers = total / n_judged, n_judged + failed
-    figures = {"reward_mean": mean,
-               "reward_std": math.sqrt(max(0.0, squares / n_judged - mean ** 2)),
-               "zero_variance": flat / played, "groups": len(kept), "groups_played": played,
-               "judge_failed": int(failed), "length": length / answers, "unfinished": cut / answers,
-               "distinct_answers": distinct / played, "tokens": int(length)}
-    return figures | (tasks.code_usage(all_sum(codes)) if agent.space == "latent" else {})
+def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
+    """Reward, variance, length, code and text diversity of all that was rolled out in a step."""
+    def every(name):                                                          # (P, ...)
+        return torch.stack([group[name] for group in groups.values()]).double()
+    rewards, texts = every("rewards"), [group["texts"] for group in groups.values()]
+    judged = rewards[~rewards.isnan()]
+    return {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
+            "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
+            "groups_played": len(groups), "judge_failed": rewards.numel() - len(judged),
+            "length": every("lengths").mean().item(),
+            "unfinished": 1 - every("finished").mean().item(),
+            "distinct_answers": sum(len(set(t)) / len(t) for t in texts) / len(texts),
+            **(tasks.code_usage(every("actions").sum(0)) if space == "latent" else {})}
 
 
-def main(args):
-    algorithm = resolve_algorithm(args)
-    parent = train_bc.ensure(args, stage="sft", action_space=args.action_space, sft=args.sft)
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    fill(args, DEFAULTS[args.action_space])
+    algorithm = resolve_algorithm(args, world_size())
+    identity = tasks.identity(args, "paired", "text", "task")
+    parent = predecessor(args, identity, train_bc.stage_of(
+        "token" if args.action_space == "token" else "clone", args.task), train_bc,
+        "--action-space", args.action_space)
     if args.model == "tiny":
         torch.set_num_threads(1)              # single tokens of this size only lose time to threads
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
                         "sft-* run")
-    if read_config(parent)["derived"].get("task_hash") != tasks.task_hash(args):
-        raise UserError(f"--task {args.task} has changed since {parent} was trained on it; redo "
-                        "that run (--fresh)")
-    agent.min_p = args.min_p
-    task = tasks.load_task(args)
+    agent.min_p, task = args.min_p, tasks.load_task(args)
+    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     if not task.splits["rl"]:
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
-    folder = folder_of(args, f"rl-{task_tag(args.task)}-{args.algo}-{args.action_space}"
-                             f"-s{args.seed}", args.name)
-    run = Run(args, folder, "train_rl.py", parent, space=args.action_space,
-              algorithm=vars(algorithm), base=agent.base_hash, mini=tasks.mini_hash(),
-              task_hash=tasks.task_hash(args))
+    stage = f"rl-{Path(args.task).name.split('.')[0]}-{args.algo}-{args.action_space}-s{args.seed}"
+    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent,
+              algorithm=vars(algorithm), max_new_tokens=task.max_new_tokens)
     if run.finished:
         return
-    initial = copy.deepcopy(agent.policy)                     # the start, and the KL's reference
-    reference = initial if algorithm.beta > 0 else None
     modules = agent.train_only("policy")
+    initial = copy.deepcopy(agent.policy).requires_grad_(False)     # the start, the KL's reference
+    reference = initial if algorithm.beta > 0 else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)
     prompts = Prompts(task.splits["rl"], args.seed)
-    for step in run.steps(args.steps, modules, [optimizer], {"prompts": prompts}):
-        rounds, kept, played, (t_rollout, t_judge) = collect(agent, task, prompts, args, algorithm,
-                                                             step)
-        rolled = time.time()
-        lr = args.lr * min(1.0, (step + 1) / 5)
-        set_lr(optimizer, lr)
-        figures = step_figures(agent, rounds, kept, played)
-        tokens = figures.pop("tokens")
+    state = {**modules, "optimizer": optimizer, "prompts": prompts}
+    for step in range(run.resume(state), args.steps):
+        parts, groups, kept = collect(agent, task, prompts, args, algorithm, step)
+        began, lr = time.time(), args.lr * min(1.0, (step + 1) / 5)
+        figures = {**step_figures(groups, agent.space), "groups": len(kept)}
         if kept:      # else AdamW's momentum alone would move the policy
-            figures |= update(agent, reference, optimizer, run, rounds, kept, args, algorithm, task)
-        t_update = time.time() - rolled
-        run.log({"step": step, **figures, "lr": lr, "seconds_rollout": t_rollout,
-                 "seconds_judge": t_judge, "seconds_update": t_update,
-                 "tokens_per_second": tokens / (t_rollout + t_judge + t_update)},
-                f"reward {figures['reward_mean']:.3f} distinct {figures['distinct_answers']:.2f}")
-        if rounds and (step + 1) % args.save_every == 0:
-            shown = rounds[0]
-            run.sample([{"step": step, "prompt": shown.rows[0]["messages"][:-1], "answer": text,
-                         "reward": None if math.isnan(reward) else reward} for text, reward in
-                        zip(shown.rollout.texts, shown.rewards[0].tolist())])
+            figures |= update(agent, reference, optimizer, lr, run, parts,
+                              {place: groups[place] for place in kept}, args, algorithm, task)
+        seconds = {name: sum(group[name] for group in groups.values()) / world_size()
+                   for name in ("seconds_rollout", "seconds_judge")}
+        seconds["seconds_update"] = time.time() - began
+        tokens = sum(int(group["lengths"].sum()) for group in groups.values())
+        run.log(step, {**figures, "lr": lr, **seconds, "tokens_per_second":
+                       tokens / sum(seconds.values())}, "reward_mean", "distinct_answers")
+        if (step + 1) % SAMPLE_EVERY == 0:
+            run.append("samples.jsonl", [
+                {"step": step, "prompt": groups[0]["prompt"], "answer": text,
+                 "reward": None if math.isnan(reward) else reward}
+                for text, reward in zip(groups[0]["texts"], groups[0]["rewards"].tolist())])
+        run.save(step + 1, state)
     wanted = args.splits if args.splits is not None else \
         ["id", "ood"] if args.model == "tiny" else ["valid"]
     splits = {name: task.splits[name] for name in wanted if task.splits[name]}
     if splits:
         say(f"evaluating the start and the trained policy on {sum(map(len, splits.values()))} "
             "fixed prompts")
-        trained, agent.policy = agent.policy, initial
-        _, before = tasks.evaluate(agent.eval(), task, splits, args.seed)
-        agent.policy = trained
-        _, after = tasks.evaluate(agent.eval(), task, splits, args.seed)
-        run.report("reward", tasks.gain_table(task, before, after))
-    run.finish(modules)
+        predictions = {}
+        for name, policy in (("before", initial), ("after", agent.policy)):
+            agent.policy = policy
+            _, predictions[name] = tasks.evaluate(agent.eval(), task, splits, args.seed,
+                                                  args.tokens_at_once)
+        run.report("reward", tasks.gain_table(task, predictions["before"], predictions["after"]))
+    run.finish(**modules)
 
 
 if __name__ == "__main__":
-    launch(main, arguments())
+    launch(main)

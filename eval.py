@@ -106,10 +106,17 @@ def parse_reply(reply: str, dimensions, lowest: float = 1.0):
     return scores if len(scores) == len(dimensions) else None
 
 
+def task_name(text: str) -> str:
+    """An argparse type: one of TASKS or a file's absolute path."""
+    if text not in TASKS and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is neither {', '.join(TASKS)} nor a file of rows")
+    return text if text in TASKS else os.path.abspath(text)
+
+
 def task_flags(parser: argparse.ArgumentParser):
     """Which task, where it lies and who judges it, for every script that needs one."""
     add = parser.add_argument_group("task and judge").add_argument
-    add("--task", default="mini", type=lambda t: t if t in TASKS else os.path.abspath(t),
+    add("--task", default="mini", type=task_name,
         help="mini, mmrole, pcogalign or a JSON(L) file of dialogues (default: mini)")
     add("--task-root", type=os.path.abspath, help="folder of the task's published files")
     add("--judge-url", help="OpenAI-compatible endpoint of an LLM judge, its key in $JUDGE_API_KEY;"
@@ -154,11 +161,8 @@ def load_task(args) -> Task:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--task-root {args.task_root}: its files are not in {args.task}'s "
                             f"published form ({error!r}); see README, Real tasks") from None
-    elif Path(args.task).is_file():
-        task = file_task(args.task, args.image_root)
     else:
-        raise UserError(f"--task {args.task}: neither a known task (mini, mmrole, pcogalign) nor "
-                        "an existing file of rows")
+        task = file_task(args.task, args.image_root)
     if args.judge_url:
         task.judge, task.bounds = Endpoint(args, task.dimensions), BOUNDS
     elif task.name != "mini":
@@ -889,7 +893,8 @@ class Endpoint:
                 bar.set_postfix_str(f"{tokens} tokens")
                 if not good and n == JUDGE["threads"]:
                     break                  # a judge that does not answer: do not try them all
-        if new and not good:
+        # One that never gave a usable reply, or now gives none at all, is not worth going on for.
+        if new and not good and (not self.cache or set(replies.values()) == {None}):
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise UserError(f"--judge-url {self.url}: no usable judgement in {n} calls ({reason}); "
                             f"see that the server runs and serves {self.model}, then run the same "
@@ -1150,10 +1155,10 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv=None):
     args = arguments().parse_args(argv)
     init_distributed(args.device)
+    if bool(args.runs) == bool(args.rescore):
+        raise UserError("name run folders, as runs/tiny/rl-mini-dapo-latent-s0, or --rescore FILE")
     if args.rescore:
         return rescore(args.rescore)
-    if not args.runs:
-        raise UserError("name at least one run folder, like runs/tiny/rl-mini-dapo-latent-s0")
     summaries, yardsticks = {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():

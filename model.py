@@ -1278,10 +1278,10 @@ def barrier():
         dist.barrier()
 
 
-def say(*words):
+def say(*words, sep: str = " "):
     """Print once, from rank 0."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 
 def all_sum(figures: dict) -> dict:

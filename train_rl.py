@@ -462,6 +462,10 @@ def main(argv=None):
             _, predictions[name] = tasks.evaluate(agent.eval(), task, splits, args.seed,
                                                   args.tokens_at_once)
         run.report("reward", tasks.gain_table(task, predictions["before"], predictions["after"]))
+        first = {name: of[0] for name, of in predictions.items()}
+        say(f"one prompt ({first['before']['id']}): {first['before']['prompt'][-1]['content']}",
+            *(f"{name}: {prediction['answers'][0]}" for name, prediction in first.items()),
+            f"reference: {first['before']['reference']}", sep="\n  ")
     run.finish(**modules)
 
 

@@ -134,7 +134,8 @@ def identity(args, *kinds: str) -> dict:
         files = getattr(args, kind)
         if kind == "task" and files in TASKS[1:]:
             parts = [file_identity(file, whole=True)
-                     for file in sorted(Path(args.task_root or "").rglob("*.json"))]
+                     for file in sorted(Path(args.task_root).rglob("*.json")
+                                        if args.task_root else [])]
             found[kind] = f"{files} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
         elif kind == "task":
             found[kind] = mini if files == "mini" else file_identity(files, whole=True)
@@ -163,6 +164,8 @@ def load_task(args) -> Task:
                             f"published form ({error!r}); see README, Real tasks") from None
     else:
         task = file_task(args.task, args.image_root)
+    if args.judge_model and not args.judge_url:
+        raise UserError("--judge-model needs --judge-url, the address that serves it")
     if args.judge_url:
         task.judge, task.bounds = Endpoint(args, task.dimensions), BOUNDS
     elif task.name != "mini":
@@ -879,22 +882,25 @@ class Endpoint:
         keys = [hashlib.sha256(json.dumps([self.model, JUDGE_REQUEST, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
-        replies, tokens, reason, good = {}, 0, None, False
+        replies, tokens, reason = {}, 0, None
+
+        def dead():                        # never gave a usable reply, or now gives none at all
+            return not any(key in self.cache for key in keys) and (
+                not self.cache or set(replies.values()) == {None})
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:
             calls = self.pool.map(self.ask, new.values())
             for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
                 replies[key], tokens, reason = reply, tokens + used, error or reason
                 if reply is not None and parse_reply(reply, self.dimensions):
-                    self.cache[key], good = reply, True
+                    self.cache[key] = reply
                     cache.write(json.dumps([key, reply]) + "\n")
                     cache.flush()
                 bar.update()
                 bar.set_postfix_str(f"{tokens} tokens")
-                if not good and n == JUDGE["threads"]:
-                    break                  # a judge that does not answer: do not try them all
-        # One that never gave a usable reply, or now gives none at all, is not worth going on for.
-        if new and not good and (not self.cache or set(replies.values()) == {None}):
+                if n == JUDGE["threads"] and dead():
+                    break                  # do not try them all
+        if new and dead():
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise UserError(f"--judge-url {self.url}: no usable judgement in {n} calls ({reason}); "
                             f"see that the server runs and serves {self.model}, then run the same "

@@ -25,7 +25,7 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     the codes (train_idm.py), the policy clones them (train_bc.py), RL trains the policy alone.
 
 States do not depend on the policy. So a rollout keeps them, and its update runs the policy module
-alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4.
+alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4 and 9.
 
     from model import Agent
     agent = Agent.from_run("runs/tiny/rl-mini-dapo-latent-s0")
@@ -52,6 +52,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -392,7 +393,7 @@ class Agent(nn.Module):
         folder, config = Path(folder), read_config(folder)
         path = folder / "model.safetensors"
         if config["parent"]:
-            parent = folder / config["parent"]
+            parent = Path(os.path.normpath(folder / config["parent"]))
             self.load_run(parent, skip)
             if read_config(parent)["sha256"] != config["parent_sha256"]:
                 raise UserError(f"{folder}: was trained on an earlier {parent.name}, which has "
@@ -885,7 +886,7 @@ def read_rows(files, image_root: str | None = None, position: tuple = (0, 0, 0))
                     if raw.strip():
                         row = normalise_row(json.loads(raw), where, path.parent, image_root)
                         yield row, (index, offset, line)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
                             "path, fix or remove the row") from None
 
@@ -1379,7 +1380,7 @@ ABLATIONS = ("no_text", "no_projector", "no_cycle")
 def within(kind, low: float, high: float = math.inf):
     """An argparse type: a number of that kind from low to high, so never NaN."""
     def number(text: str):
-        if not low <= (value := kind(text)) <= high:
+        if not low <= (value := kind(text)) <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high}]")
         return value
     number.__name__ = kind.__name__                 # argparse: "invalid int value"
@@ -1441,8 +1442,7 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
 PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root", "judge_url",
-              "judge_model", "judge_prompt")
+              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root")
 
 
 def model_root(args) -> Path:
@@ -1491,8 +1491,9 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
     usual = vars(module.arguments().parse_args([*flags, "--model", args.model]))
     usual |= STRUCTURE[scale_of(args.model)]
     wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
-    if (folder / "state" / "last.pt").exists():     # it goes on with the seed it was started with
-        wanted["seed"] = read_config(folder)["args"]["seed"]
+    if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
+        wanted |= {name: value for name, value in read_config(folder)["args"].items()
+                   if name in usual and name not in NOT_COMPARED}
     argv = ["--model", args.model, *flags]
     for name, value in wanted.items():
         if value != usual[name]:
@@ -1637,9 +1638,9 @@ class Run:
         had, now = ({**{k: v for k, v in c["args"].items() if k not in NOT_COMPARED},
                      **c["identity"], **{k: c[k] for k in ("base", "dtype", "parent_sha256")}}
                     for c in (old, self.config))
-        if had != now:
-            raise UserError(f"{self.folder} was started with other arguments "
-                            f"({differing(had, now)}); --name starts a variant, --fresh redoes it")
+        if different := differing(had, now):
+            raise UserError(f"{self.folder} was started with other arguments ({different}); --name "
+                            "starts a variant, --fresh redoes it")
         if old["git"] != self.config["git"]:
             say(f"note: {self.folder} was started at commit {old['git']}, now it is "
                 f"{self.config['git']}")

@@ -1,6 +1,6 @@
 """Tests, grouped by the file they test, fast ones first; the whole chain comes last.
 
-    python -m pytest -q test_all.py                     # everything, about 4 minutes on 2 cores
+    python -m pytest -q test_all.py                     # everything, about 5 minutes on 2 cores
     python -m pytest -q test_all.py -k "not chain"      # without the subprocess runs: seconds
 
 Expected values are worked by hand or by brute force; `# fails if` names a slip that a test is
@@ -8,6 +8,7 @@ there to catch. KIT_SHARED_DATA points at MMRole's reviews and the release's pre
 tests that need them are skipped where they are absent.
 """
 
+import argparse
 import copy
 import csv
 import functools
@@ -26,8 +27,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,8 +38,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (BertConfig, BertModel, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import eval as tasks
 import model as kit
@@ -72,7 +74,7 @@ def tiny_agent(space="latent") -> Agent:
         agent = copy.deepcopy(tiny_agent()).make_token_policy()
         shake(agent.policy, 0.02)                   # no longer the backbone's own layers
         return agent.requires_grad_(False)
-    base, tokenizer, processor = kit.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
+    base, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
     agent = Agent(shake(base, 0.1), Encoder(tokenizer, processor, base.config),
                   {"codes": 16, "idm_layers": 1, "policy_layers": 1, "no_projector": False})
     agent.make("projector", "idm", "codebook", "world", "policy")
@@ -122,7 +124,15 @@ def gradients(loss, params):
 
 
 def parsed(module, *argv):
-    return module.arguments().resolve(list(argv))
+    """Arguments as a script's main() has them after its first lines."""
+    args = module.arguments().parse_args(list(argv))
+    if module is tasks:
+        return args
+    kind = {stage1: lambda: "projector", train_idm: lambda: "idm",
+            train_bc: lambda: "bc" if args.stage == "bc" else
+            "token" if args.action_space == "token" else args.sft,
+            train_rl: lambda: args.action_space}[module]()
+    return kit.fill(args, module.DEFAULTS[kind])
 
 
 # ---- model.py: runtime -----------------------------------------------------------------------
@@ -153,34 +163,167 @@ def test_no_file_is_trusted_and_no_code_is_fetched(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
     run = fresh_run(tmp_path)
-    torch.save({"step": Trap()}, tmp_path / "run/state/last.pt")
-    with pytest.raises(UserError, match="last.pt: is not a checkpoint of this kit.*--fresh"):
-        next(run.steps(1, {}, []))
+    for saved in ({"step": Trap()}, {"step": 1}, [3]):
+        torch.save(saved, run.folder / "state/last.pt")
+        with pytest.raises(UserError, match="last.pt: is not a checkpoint of this run.*--fresh"):
+            run.resume({"m": nn.Linear(2, 1)})
     assert not (tmp_path / "sprung").exists()       # fails without weights_only
     for file in HERE.glob("*.py"):
         code = file.read_text()
         assert "trust_remote" + "_code" not in code and "import pick" + "le" not in code
         loads = re.findall(r"torch\.load\(.*", code)
-        assert all("weights_only=True" in line for line in loads if file.name != "test_all.py")
+        assert all("weights_only=True" in line for line in loads if file.name[:5] != "test_")
+
+
+@pytest.mark.parametrize("error,status,line", [
+    (UserError("a.jsonl:3: no"), 2, ": error: a.jsonl:3: no\n"),
+    (OSError(28, "No space left on device", "runs/x"), 2, ": error: .*No space.*'runs/x'; check.*"),
+    (KeyboardInterrupt(), 130, "interrupted: the same command continues from the last.*")])
+def test_a_mistake_outside_the_code_ends_with_one_line(capsys, error, status, line):
+    def main(argv):
+        raise error
+    with pytest.raises(SystemExit) as end:
+        kit.launch(main)
+    assert end.value.code == status
+    assert re.fullmatch(rf"[^\n]*{line}\n?", capsys.readouterr().err)
+    error = ZeroDivisionError()                     # a mistake of the code keeps its traceback
+    with pytest.raises(ZeroDivisionError):
+        kit.launch(main)
 
 
 def test_flags_are_checked_and_defaults_follow_the_model_and_stage():
-    for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "0"], ["--lr", "11"], ["--lr", "x"]):
-        with pytest.raises(UserError):
+    for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "0"], ["--steps", "1.5"],
+                 ["--lr", "0"], ["--lr", "x"], ["--lr", "nan"], ["--device", "tpu"]):
+        with pytest.raises(SystemExit) as end:
             parsed(stage1, *argv)
-    for argv, stage in ((["--stage", "bc"], "bc"), (["--action-space", "token"], "token")):
-        assert parsed(train_bc, *argv).lr == train_bc.SIZED[stage]["lr"][0]
-        assert parsed(train_bc, *argv, "--model", "a/b").lr == train_bc.SIZED[stage]["lr"][1]
+        assert end.value.code == 2
+    for argv, kind in ((["--stage", "bc"], "bc"), (["--action-space", "token"], "token")):
+        for more, scale in (([], "tiny"), (["--model", "a/b"], "full")):
+            filled = vars(parsed(train_bc, *argv, *more))
+            wanted = kit.STRUCTURE[scale] | train_bc.DEFAULTS[kind][scale]
+            assert wanted == {name: filled[name] for name in wanted}
+    assert parsed(train_bc, "--lr", "0.5", "--codes", "3").lr == 0.5
+    assert parsed(train_bc, "--lr", "0.5", "--codes", "3").codes == 3
 
 
-@pytest.mark.parametrize("fixed", [{"stage": "bc"}, {"action_space": "token", "sft": "clone"}])
-def test_a_predecessor_runs_as_the_user_would_run_it_alone(tmp_path, fixed):
-    common, seen = ["--seed", "3", "--run-root", str(tmp_path), "--no-cycle"], {}
-    args = parsed(train_idm, *common, "--lr", "0.5", "--steps", "7", "--name", "mine")
-    kit.require(args, tmp_path / "none", "train_bc.py", lambda a: seen.update(vars(a)),
-                train_bc.arguments(), **fixed)
-    flags = [x for k, v in fixed.items() for x in (f"--{k.replace('_', '-')}", v)]
-    assert seen == vars(parsed(train_bc, *common, *flags))   # fails if defaults precede `fixed`
+@pytest.mark.parametrize("module", [stage1, train_idm, train_bc, train_rl, tasks],
+                         ids=lambda m: m.__name__)
+def test_help_shows_every_flag_and_every_kinds_defaults(module):
+    text = module.arguments().format_help()         # fails if a "%" in a help is not doubled
+    flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M)
+    assert {"--" + name.replace("_", "-") for name in vars(module.arguments().parse_args([]))} \
+        == {*flags} - {"--help"} | ({"--runs"} if module is tasks else set())
+    assert module is not train_rl or len({*flags} - {"--help"}) <= 40
+    if module is not tasks:
+        title = "defaults (full: any --model but tiny)"
+        names = text[text.index(title) + len(title):].split("\n")[0].split()
+        rows = [(f"{kind} {scale}", values) for kind, scales in module.DEFAULTS.items()
+                for scale, values in scales.items()]
+        for label, values in rows:
+            (line,) = re.findall(rf"^{label}  .*", text, re.M)
+            shown = dict(zip(names, map(float, line[len(label):].split()), strict=True))
+            assert shown == kit.STRUCTURE[label.split()[1]] | values
+    for kinds in getattr(module, "DEFAULTS", {}).values():      # every default is of a flag
+        assert {"--" + name.replace("_", "-") for scale in kinds.values() for name in scale} < {
+            *flags}
+
+
+def script(module, calls):
+    """`module` as `predecessor` uses it; its main() is only recorded."""
+    return SimpleNamespace(arguments=module.arguments, main=calls.append, __file__=module.__file__)
+
+
+def own_identity(args):
+    return tasks.identity(args, "paired", "text", *(["task"] if "task" in args else []))
+
+
+def fresh_run(root, *flags, module=stage1, stage="run", agent=None, parent=None):
+    """A run of 9 steps on a stub of an agent in `root`/tiny/run."""
+    args = parsed(module, "--run-root", str(root), "--steps", "9", *flags)
+    agent = agent or SimpleNamespace(base_hash="b", space="latent", dtype=torch.float32,
+                                     device="cpu")
+    return kit.Run(args, kit.folder_of(args, stage, args.name), agent, own_identity(args), parent)
+
+
+@pytest.mark.parametrize("model", ["tiny", "some/model"])
+@pytest.mark.parametrize("fixed", [["--stage", "bc"],
+                                   ["--action-space", "token", "--sft", "clone"]], ids=str)
+def test_a_predecessor_runs_as_the_user_would_run_it_alone(tmp_path, fixed, model):
+    """One list of arguments is run (tiny) or printed, and read by the predecessor's own parser."""
+    common, calls = ["--model", model, "--seed", "3", "--run-root", str(tmp_path / "a b"),
+                     "--paired", "x y.jsonl", "z.jsonl", "--no-cycle", "--no-text",
+                     "--policy-layers", "5"], []
+    args = parsed(train_rl, *common, "--lr", "0.5", "--steps", "7", "--name", "mine", "--fresh",
+                  "--judge-model", "j")
+    def start():
+        kit.predecessor(args, {}, "none", script(train_bc, calls), *fixed)
+    if model == "tiny":
+        start()
+    else:
+        with pytest.raises(UserError, match="missing or unfinished; run first: python") as error:
+            start()
+        printed = shlex.split(str(error.value).split("run first: ")[1])
+        assert printed[:2] == ["python", "train_bc.py"]
+        calls.append(printed[2:])
+    (argv,) = calls                                 # fails if --lr, --steps or --name are handed on
+    assert vars(parsed(train_bc, *argv)) == vars(parsed(train_bc, *common, *fixed))
+
+
+def test_an_unfinished_predecessor_goes_on_as_it_was_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    args, calls = parsed(train_idm, "--run-root", str(tmp_path), "--seed", "3"), []
+    def seed_given():
+        kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
+        return parsed(stage1, *calls.pop()).seed
+    assert seed_given() == 3
+    for seed in (7, 0):                             # 0 is the default: no flag says it
+        run = fresh_run(tmp_path, "--seed", str(seed), "--fresh")
+        assert seed_given() == 3                    # without a checkpoint nothing is kept
+        run.resume({})
+        run.save(1, {})
+        assert seed_given() == seed
+    fresh_run(tmp_path, "--lr", "0.5", "--steps", "7", "--fresh").resume({})
+    kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
+    assert "--lr" not in calls.pop()                # nothing to lose: nothing is kept
+    run = fresh_run(tmp_path, "--lr", "0.5", "--steps", "7")
+    run.resume({})
+    run.save(7, {})
+    kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
+    given = parsed(stage1, *calls.pop())
+    assert (given.lr, given.steps) == (0.5, 7)
+
+
+def finished(root, *flags, **more) -> Path:
+    run = fresh_run(root, *flags, "--fresh", **more)
+    run.finish(m=nn.Linear(1, 1))
+    return run.folder
+
+
+def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path, capsys):
+    rows, other, demo = (write(tmp_path / f"{name}.jsonl", text_rows(n)) for n, name in
+                         enumerate(("rows", "other", "demo"), 2))
+    def start(*flags):
+        args = parsed(train_rl, "--run-root", str(tmp_path), *flags)
+        return kit.predecessor(args, own_identity(args), "run", script(train_bc, []))
+    data, different = ["--paired", rows, "--no-text"], ["--paired", other, "--no-text"]
+    folder = finished(tmp_path, *data, "--seed", "5", "--lr", "0.5", module=train_bc)
+    assert start(*data, "--seed", "3") == folder    # steps, learning rate and seed are its own
+    parent = ["--parent", str(folder)]
+    assert start(*data, *parent) == folder and "another task" not in capsys.readouterr().out
+    assert start(*data, *parent, "--task", demo) == folder      # by --parent only, and it is said
+    assert re.search("run-notext is of another task .mini.* -> demo", capsys.readouterr().out)
+    for flags, pattern in (
+            (different, "paired: .'rows.* -> .'other"), (["--no-text"], "paired: .* -> mini"),
+            ([*data, "--task", demo], "task: mini .* -> demo"),
+            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 64 -> 3"),
+            ([*data, *parent, "--no-cycle"], "no_cycle: False -> True"),
+            ([*data, *parent, "--no-cycle", "--task", demo], "no_cycle: False -> True")):
+        with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
+            start(*flags)
+    with pytest.raises(UserError, match="--parent .*absent: no finished run there"):
+        start(*data, "--parent", str(tmp_path / "absent"))
+    plain = finished(tmp_path / "plain", *data)     # of no task, like bc: it fits every task
+    assert start(*data, "--task", demo, "--parent", str(plain)) == plain
 
 
 def test_folders_of_variants_never_collide():
@@ -190,58 +333,116 @@ def test_folders_of_variants_never_collide():
     assert len(names) == 8 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
 
 
-def fresh_run(folder, *flags):
-    args = parsed(stage1, "--run-root", str(folder), *flags)
-    return kit.Run(args, folder / "run", "train_projector.py", None)
-
-
-def test_run_folder_resumes_finishes_and_refuses_other_arguments(tmp_path, capsys):
-    layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (layer, other)]
-    run, extra = fresh_run(tmp_path, "--save-every", "1"), {"window": 0.0}
-    for step in run.steps(9, {"m": layer}, optimizers[:1], {}, extra):
+def small_loop(root, *flags, start=0, stop=None):
+    """A loop as the scripts have it, from weights of seed `start`; `stop` ends it in that step
+    between log and checkpoint. Returns the run, its module and its log without times."""
+    run, rows = fresh_run(root, *flags), stream(text_rows(21))
+    torch.manual_seed(start)
+    layer, usage = nn.Linear(3, 2), nn.Module()
+    layer.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+    usage.register_buffer("window", torch.zeros(1, dtype=torch.double))
+    params = [layer.weight, layer.bias]
+    state = {"m": layer, "usage": usage, "rows": rows, "optimizer": torch.optim.AdamW(params)}
+    for step in range(run.resume(state), run.steps):
+        part = rows.next()
+        usage.window.mul_(0.5).add_(len(part))
+        layer(torch.full((1, 3), len(part[0]) / 9)).square().sum().backward()
         if step == 1:
-            run.log({"step": 1}, "")                # after the checkpoint: the run was killed here
+            layer.weight.grad.fill_(math.nan)
+        norm = kit.optimizer_step(run, [state["optimizer"]], [0.1], [e.id for e in part])
+        run.log(step, {"third": 1 / 3, "norm": norm, "rows": [e.id for e in part],
+                       "window": usage.window.item()}, "third", "norm")
+        run.append("samples.jsonl", [{"step": step}])
+        if step == stop:
             break
-        layer(torch.ones(1, 3)).sum().backward()
-        kit.optimizer_step(run, optimizers[:1], [])
-        run.log({"step": 0, "x": 1 / 3}, "")
-        extra["window"] = 1.0
-    run = fresh_run(tmp_path, "--device", "cpu", "--save-every", "5")    # these change no result
-    extra = {}
-    assert next(run.steps(9, {"m": other}, optimizers[1:], {}, extra)) == 1
-    (logged,) = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
-    assert (logged["step"], logged["x"], extra) == (0, 0.3333333, {"window": 1.0})
-    for m, optimizer in zip((layer, other), optimizers):
-        m(torch.full((1, 3), 2.0)).sum().backward()
-        optimizer.step()
-    assert torch.equal(layer.weight, other.weight)  # fails if the optimiser's state is not loaded
-    config = tmp_path / "run/config.json"
-    config.write_text(re.sub(r'"script_hash": "[^"]+"', '"script_hash": "0"', config.read_text()))
-    fresh_run(tmp_path)
-    assert "eval.py has changed since" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"lr: 0.002 -> 0.5.*--name.*--fresh"):
-        fresh_run(tmp_path, "--lr", "0.5")
-    run.finish({"m": other})
-    assert fresh_run(tmp_path).finished and not (tmp_path / "run/state").exists()
-    assert set(load_file(tmp_path / "run/model.safetensors")) == {"m.weight", "m.bias"}
+        run.save(step + 1, state)
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    return run, layer, [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")}
+                        for row in log]
+
+
+def test_a_run_that_was_cut_goes_on_exactly(tmp_path, monkeypatch):
+    _, whole, log = small_loop(tmp_path / "whole")
+    assert [row["step"] for row in log] == list(range(9)) and log[0]["third"] == 0.3333333
+    assert [row["skipped"] for row in log] == [0] + [1] * 8 and log[1]["norm"] is None
+    assert (tmp_path / "whole/tiny/run/state/last.pt").exists()     # after the last step, always
+    small_loop(tmp_path / "rare", stop=4)           # saved once a minute: not yet
+    assert not (tmp_path / "rare/tiny/run/state/last.pt").exists()
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    small_loop(tmp_path / "cut", stop=4)
+    saved = torch.load(tmp_path / "cut/tiny/run/state/last.pt", weights_only=True)
+    assert set(saved["state"]["m"]) == {"weight", "bias"}       # what is frozen is not kept
+    # Neither what it starts from nor where it runs matters, and rows after the checkpoint go.
+    flags = ["--device", "cpu", "--tokens-at-once", "9"]
+    run, again, continued = small_loop(tmp_path / "cut", *flags, start=1)
+    assert continued == log and run.skipped_all == 1
+    assert torch.equal(again.weight, whole.weight)  # fails if the optimiser's state is not loaded
+    samples = (run.folder / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == list(range(9))
+    small_loop(tmp_path / "rare", "--lr", "0.5")    # without a checkpoint nothing is lost
+    assert len((tmp_path / "rare/tiny/run/log.jsonl").read_text().splitlines()) == 9
+
+
+def test_run_folder_finishes_and_refuses_other_arguments(tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", text_rows(9))
+    data = ["--paired", rows, "--text", rows]
+    run, layer, _ = small_loop(tmp_path, *data)
+    config = run.folder / "config.json"
+    def refused(pattern, *flags, **more):
+        with pytest.raises(UserError, match=rf"other arguments \({pattern}\); --name.*--fresh"):
+            fresh_run(tmp_path, *flags, **more)
+    def refuses():
+        refused("lr: 0.002 -> 0.5, steps: 9 -> 8", *data, "--lr", "0.5", "--steps", "8")
+        refused("paired: .*rows.* -> mini.*, text: .*rows.* -> mini.*")
+        write(tmp_path / "rows.jsonl", text_rows(8))            # the same name, other rows
+        refused("paired: .*rows.jsonl.* -> .*rows.jsonl.*", *data)
+        write(tmp_path / "rows.jsonl", text_rows(9))
+        other = SimpleNamespace(base_hash="c", space="latent", dtype=torch.half, device="cpu")
+        refused("base: b -> c, dtype: torch.float32 -> torch.float16", *data, agent=other)
+        refused("parent_sha256: None -> .*", *data, parent=finished(tmp_path, stage="other"))
+    refuses()
+    config.write_text(re.sub(r'"git": (null|"[^"]*")', '"git": "0ld"', config.read_text()))
+    (tmp_path / "moved").mkdir()                    # where the same rows lie changes no weight
+    fresh_run(tmp_path, "--text", rows, "--paired", shutil.copy(rows, tmp_path / "moved"))
+    assert "was started at commit 0ld, now it is" in capsys.readouterr().out
+    run.report("one", {"a": {"x": 1.0}})
+    run.report("two", {"b": {"y": 0.123456}})
+    assert "0.1235" in capsys.readouterr().out      # tables are shown to 4 digits, kept in full
+    run.finish(m=layer)
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report == {"one": {"a": {"x": 1.0}}, "two": {"b": {"y": 0.123456}}}
+    assert fresh_run(tmp_path, *data).finished and not (run.folder / "state").exists()
+    assert "is finished" in capsys.readouterr().out
+    weights = run.folder / "model.safetensors"
+    assert set(load_file(weights)) == {"m.weight", "m.bias"}
+    assert kit.read_config(run.folder)["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    refuses()
     assert not fresh_run(tmp_path, "--lr", "0.5", "--fresh").finished
-    (tmp_path / "run/config.json").unlink()
-    with pytest.raises(UserError, match="no config.json"):
-        fresh_run(tmp_path)
+    assert sorted(f.name for f in run.folder.iterdir()) == ["config.json", "state"]
+    small_loop(tmp_path, "--lr", "0.5")
+    for damaged in ("", "{}", "[]", "7"):
+        config.write_text(damaged)
+        with pytest.raises(UserError, match="config.json cannot be used .*--fresh"):
+            fresh_run(tmp_path, "--lr", "0.5")
+    config.unlink()
+    with pytest.raises(UserError, match="config.json cannot be used .*--fresh"):
+        fresh_run(tmp_path, "--lr", "0.5")
 
 
 def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n"
-                               "import test_all, pathlib, time\n"
-                               "run = test_all.fresh_run(pathlib.Path(sys.argv[2]))\n"
+                               f"import {__name__} as tests, pathlib, time\n"
+                               "run = tests.fresh_run(pathlib.Path(sys.argv[2]))\n"
                                "print('held', flush=True); time.sleep(60)", HERE, tmp_path],
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     for flags in ([], ["--fresh"]):                 # --fresh deletes nothing of the other's
         with pytest.raises(UserError, match="another process is working on this run"):
             fresh_run(tmp_path, *flags)
-    assert (tmp_path / "run/config.json").exists()
+    args, calls = parsed(train_idm, "--run-root", str(tmp_path)), []
+    with pytest.raises(UserError, match="another process is working on this run"):
+        kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
+    assert (tmp_path / "tiny/run/config.json").exists() and not calls
     holder.kill()
     holder.wait()
     fresh_run(tmp_path)                             # the lock dies with its process
@@ -249,16 +450,87 @@ def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
 
 def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
     run, layer = fresh_run(tmp_path), nn.Linear(2, 1)
-    optimizer, before = torch.optim.SGD(layer.parameters(), lr=1.0), layer.weight.clone()
+    optimizer, before = torch.optim.SGD(layer.parameters(), lr=9.0), layer.weight.clone()
     with pytest.raises(UserError, match="ten non-finite.*row-7"):      # fails at twelve
         for _ in range(10):
             (layer(torch.ones(1, 2)) * math.nan).sum().backward()
-            kit.optimizer_step(run, [optimizer], ["row-7"])
-    assert torch.equal(layer.weight, before) and run.skipped == 10
+            kit.optimizer_step(run, [optimizer], [1.0], ["row-7"])
+    assert torch.equal(layer.weight, before) and run.skipped == run.skipped_all == 10
     layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 4.0]]), torch.zeros(1)
-    close(kit.optimizer_step(run, [optimizer], []), 5.0)
+    close(kit.optimizer_step(run, [optimizer], [1.0], []), 5.0)
     close(before - layer.weight, torch.tensor([[0.6, 0.8]]))    # fails if the clip is dropped
-    assert run.skipped == 0 and layer.weight.grad is None
+    assert run.skipped == 0 and run.skipped_all == 10 and layer.weight.grad is None
+    other = nn.Linear(1, 1)                         # of two, both wait if one is not finite
+    for p, value in ((layer.weight, 1.0), (layer.bias, 1.0), (other.weight, math.inf)):
+        p.grad = torch.full_like(p, value)
+    before, second = layer.weight.clone(), torch.optim.SGD(other.parameters(), lr=9.0)
+    kit.optimizer_step(run, [optimizer, second], [1.0, 1.0], [])
+    assert torch.equal(layer.weight, before) and other.weight.isfinite().all()
+
+
+def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
+    agent = copy.deepcopy(tiny_agent())
+    shake(agent.projector, 0.1, 1)
+    one = fresh_run(tmp_path, stage="one", agent=agent)
+    one.finish(projector=agent.projector.requires_grad_(True), idm=agent.idm)   # frozen
+    two = fresh_run(tmp_path, stage="two", agent=agent, parent=one.folder)
+    two.finish(world=shake(agent.world, 0.1, 2).requires_grad_(True))
+    def load(folder=two.folder, **more):
+        return with_modules(copy.deepcopy(tiny_agent()), **more).load_run(folder)
+    got = load()
+    for name in ("projector", "world", "idm"):      # the parent's, the run's own, nobody's
+        for a, b in zip(getattr(got, name).parameters(), getattr(agent, name).parameters()):
+            assert torch.equal(a, b) and not a.requires_grad
+    assert set(load_file(one.folder / "model.safetensors")) == {
+        f"projector.{name}" for name in agent.projector.state_dict()}
+    with pytest.raises(UserError, match=r"two.model.safetensors: world.* does not fit.*--codes"):
+        load(world=WorldModel(64, 8))
+    for folder in (one.folder, two.folder):
+        weights = folder / "model.safetensors"
+        good = bytearray(weights.read_bytes())
+        weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
+        with pytest.raises(UserError, match=f"{folder.name}/model.saf.*: is not what its run"):
+            load()
+        weights.write_bytes(good)
+    other = copy.deepcopy(tiny_agent())
+    other.base_hash, other.structure["base"] = "other", "x"
+    with pytest.raises(UserError, match="one: was trained on another base .*--model x; redo.*"):
+        other.load_run(two.folder)
+    one = fresh_run(tmp_path, "--fresh", stage="one", agent=agent)
+    one.finish(projector=shake(agent.projector, 0.1, 3))
+    with pytest.raises(UserError, match="two: was trained on an earlier one.*--fresh"):
+        load()
+
+
+def one_of_two_ranks(rank, folder):
+    """A process of a group: gradients are summed in buckets, figures in float64."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                         world_size=2)
+    cpu = torch.profiler.ProfilerActivity.CPU
+    for bucket in (1, 6, 11, 12, 18, 31, 10 ** 6):
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
+        for p in params[:-1]:                       # the last has a gradient on rank 0 alone
+            p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
+        if rank == 0:
+            params[-1].grad = torch.ones(2, 3)
+        with torch.profiler.profile(activities=[cpu], record_shapes=True) as trace:
+            kit.reduce_gradients(params, bucket)
+        for p in params[:-1]:
+            assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
+        assert torch.equal(params[-1].grad, torch.ones(2, 3))
+        sizes = [math.prod(event.input_shapes[0]) for event in trace.events()
+                 if event.name == "gloo:all_reduce"]
+        assert sum(sizes) == 31 and (len(sizes) == 1) == (bucket >= 31)
+        assert all(size <= bucket or size in (12, 5, 1, 7, 6) for size in sizes)
+    big = 2 ** 24 + 1                               # fails in fp32
+    got = kit.all_sum({"n": big * rank, "x": torch.tensor(0.5), "t": torch.tensor([[rank, 2.0]])})
+    assert (got["n"], got["x"], got["t"].tolist()) == (big, 1.0, [[1.0, 4.0]])
+    assert kit.gather({rank: "x"}) == {0: "x", 1: "x"}
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_summed_over_ranks_in_buckets_of_any_size(tmp_path):
+    torch.multiprocessing.start_processes(one_of_two_ranks, (tmp_path,), 2, start_method="fork")
 
 
 # ---- model.py: data --------------------------------------------------------------------------
@@ -339,7 +611,7 @@ def test_read_rows_from_every_position(tmp_path, name):
     ("f.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "f.jsonl:2"),
     ("f.jsonl", b'{"text": "\xff"}\n', "f.jsonl:1"),
     ("f.json", b'\xef\xbb\xbf [{"text": "a"}, {"no": 1}]', "f.json: row 2"),
-    ("f.json", b'[{"text": "a"}', "f.json: not valid"),
+    ("f.json", b'[{"text": "a"}', "f.json: cannot be read as JSON"),
     ("f.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "f.jsonl.gz"),
     ("f.jsonl", None, "f.jsonl")], ids=range(7))
 def test_unreadable_files_are_named_with_their_line(tmp_path, name, data, pattern):
@@ -387,7 +659,13 @@ def test_positions_equal_transformers(sizes):
     for before, after in itertools.product(("", "Look here: "), ("", " and tell me more.")):
         text = before + " then ".join(["<image>"] * len(sizes)) + after
         (e,) = examples([row(text or "x", "Yes.", [picture(*s) for s in sizes])])
-        assert torch.equal(e.positions, rope_index(e.ids, e.grids)[:, 0])
+        assert torch.equal(e.positions.T, rope_index(e.ids, e.grids)[:, 0])
+
+
+def said(r):
+    """The text of the tokens that are learned of a row of which only the responses are."""
+    e = tiny_agent().encoder.encode(r, responses_only=True)
+    return tiny_agent().encoder.tokenizer.decode(e.tokens[1:][e.targets[:-1]])
 
 
 def test_encode_and_collate_mark_texts_responses_and_targets():
@@ -398,29 +676,34 @@ def test_encode_and_collate_mark_texts_responses_and_targets():
     r = {"id": "m", "images": [picture()], "messages": [
         {"role": role, "content": c} for role, c in zip(roles, turns)]}
     e, p = encoder.encode(r), encoder.encode(r, prompt=True)
-    assert decode(e.ids[e.response]) == "one.<|im_end|>two.<|im_end|>"
-    assert (e.ids == encoder.image_token).sum() == 4 and (~e.text).sum() == 6
+    assert said(r) == "one.<|im_end|>two.<|im_end|>"
+    assert (e.ids == encoder.image_token).sum() == 4 and len(e) - len(e.tokens) == 6
     assert decode(p.ids).endswith("b<|im_end|>\n<|im_start|>assistant\n")
     assert torch.equal(p.ids, e.ids[:len(p)])       # the prompt is a prefix of the full row
     for b, e in enumerate(examples()):
         m = int(batch.text_lengths[b])
-        index, vision = batch.text_index[b, :m], (~e.text).nonzero()[:, 0].tolist()
-        assert m == e.text.sum() == batch.real[b].sum()
-        assert torch.equal(batch.tokens[b, :m], e.ids[e.text])
+        text = ~torch.isin(e.ids, encoder.vision_ids)
+        index, vision = batch.text_index[b, :m], (~text).nonzero()[:, 0].tolist()
+        assert m == text.sum() == batch.real[b].sum()
+        assert torch.equal(batch.tokens[b, :m], e.ids[text])
+        assert torch.equal(batch.ids[b, :len(e)], e.ids) and batch.lengths[b] == len(e)
+        assert torch.equal(batch.positions[:, b, :len(e)], e.positions.T)
         assert torch.equal(batch.ids[b][index], batch.tokens[b, :m])
         # one by one: predict every text token right after a text token; seen: after an image
         wanted = [t + 1 < m and bool(index[t + 1] == index[t] + 1) for t in range(m)]
         assert batch.targets[b, :m].tolist() == wanted and not batch.targets[b, m:].any()
         assert batch.seen_image[b, :m].tolist() == [
             bool(vision) and t > vision[1] for t in index.tolist()]
-    _, targets = encoder.collate(examples()[:1], responses_only=True).labelled()
-    assert decode(targets) == "A red star.<|im_end|>"
+    answers = [encoder.encode(r, responses_only=True) for r in ROWS]
+    _, targets = encoder.collate(answers).labelled()
+    assert decode(targets) == "".join(f"{a}<|im_end|>" for a in ("A red star.", "No.",
+                                                                 "The second."))
 
 
 @pytest.mark.parametrize("start", ["\n", "\n\n", " ", "\t\n x"])
 def test_responses_that_start_with_white_space_are_found(start):
-    (e,) = examples([row("a", start + "one.")])     # "\n" of the template merges with the answer's
-    assert tiny_agent().encoder.tokenizer.decode(e.ids[e.response]).endswith("one.<|im_end|>")
+    answer = row("a", start + "one.")               # "\n" of the template merges with the answer's
+    assert said(answer).endswith("one.<|im_end|>")
 
 
 def stream(source, **kw):
@@ -439,11 +722,12 @@ def test_stream_covers_an_epoch_and_resumes_at_the_exact_row(tmp_path, name):
     assert sorted(first) == sorted(r["id"] for r in text_rows(21))          # each row once
     one, cursors, batches = stream(source), [], []
     for _ in range(12):
-        cursors.append(copy.deepcopy(one.cursor))
+        cursors.append(one.state_dict())
         batches += take(one, 1)
     for k in (0, 1, 4, 9):                          # fails if the cursor misses block or epoch
         again = stream(source)
-        again.cursor = cursors[k]
+        take(again, 2)                              # fails if what it had read is kept
+        again.load_state_dict(cursors[k])
         assert take(again, 12 - k) == batches[k:]
     assert len({str(take(stream(source, seed=s), 1)) for s in range(4)}) > 1
     assert all(sum(map(len, stream(source).next())) <= 150 for _ in range(3))
@@ -472,14 +756,13 @@ def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
 @needs_shared
 @pytest.mark.parametrize("name", ["MM_pretrain.json", "TextOnly_pretrain.json"])
 def test_released_pretraining_rows_parse(name):
-    file, decode = SHARED / "pretrain_example" / name, tiny_agent().encoder.tokenizer.decode
+    file = SHARED / "pretrain_example" / name
     rows = [r for r, _ in kit.read_rows([file])]
     assert len(rows) == len(json.loads(file.read_text())) > 10
     assert all(bool(r["images"]) == name.startswith("MM") for r in rows)
     for r in [] if name.startswith("MM") else rows:             # the images are not here
-        (e,) = examples([r])
-        said = " ".join(m["content"] for m in r["messages"] if m["role"] == "assistant")
-        assert decode(e.ids[e.response]).replace("<|im_end|>", " ").split() == said.split()
+        answers = " ".join(m["content"] for m in r["messages"] if m["role"] == "assistant")
+        assert said(r).replace("<|im_end|>", " ").split() == answers.split()
 
 
 # ---- model.py: modules -----------------------------------------------------------------------
@@ -594,7 +877,7 @@ TEMPLATES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja
 
 def qwen_folder(folder, template="chat_template.json", shard="200KB"):
     """A Qwen2.5-VL as the hub has it: shards, untied head, the published image settings."""
-    _, tokenizer, processor = kit.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
+    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
     config = Qwen2_5_VLConfig.from_dict({**tiny_agent().backbone.config.to_dict(),
                                          "tie_word_embeddings": False})
     torch.manual_seed(1)
@@ -667,12 +950,12 @@ def test_states_are_the_backbones_and_text_only_rows_are_projected():
     off.structure = {**agent.structure, "no_projector": True}
     assert torch.equal(off.states(batch), e) and not states.requires_grad
     for b, ex in enumerate(examples()):             # padding and batch mates change nothing
-        want = full_pass(ex)[0][-1][0, ex.text]
+        want = full_pass(ex)[0][-1][0, ex.text_index]
         n = len(want)
         close(e[b, :n], want)
         close(states[b, :n], want if len(ex.grids) else agent.projector.P.mu(want))
         # the text-only pass aligns token by token: the row without image, at plain positions
-        plain = agent.backbone.model(input_ids=ex.ids[ex.text][None], position_ids=torch.arange(
+        plain = agent.backbone.model(input_ids=ex.tokens[None], position_ids=torch.arange(
             n).expand(3, 1, -1)).last_hidden_state[0]
         close(e_t[b, :n], plain)
         seen = batch.seen_image[b, :n]              # equal up to the first image, then not
@@ -686,7 +969,8 @@ def test_an_untrained_world_model_is_the_base_model():
     for ex in examples([ROWS[0], ROWS[2]], prompt=True):
         s = agent.states(encoder.collate([ex]))[0]
         got, allowed = agent.next_token_logits(s, torch.arange(len(s)) % 16), agent.token_bias == 0
-        close(got[:, allowed], agent.backbone.lm_head(full_pass(ex)[0][-1][0, ex.text])[:, allowed])
+        hidden = full_pass(ex)[0][-1][0, ex.text_index]
+        close(got[:, allowed], agent.backbone.lm_head(hidden)[:, allowed])
         names = encoder.tokenizer.convert_ids_to_tokens((~allowed).nonzero()[:, 0].tolist())
         assert set(names) == set(kit.VISION_TOKENS) and (got[:, ~allowed] == -math.inf).all()
         out = rollout(agent, [ex], 1, 12, 0.0)      # whatever the codes: the base model's own text
@@ -710,10 +994,9 @@ def brute_force(agent, r, temperature):
             logits = agent.policy(hidden[len(agent.layers)], positions) + agent.token_bias
             logits, best[n, :k] = logits[0, len(prompt) - 1:-1], said[:k]
         else:
-            text = torch.cat([prompt.text, torch.ones(k, dtype=torch.bool)])
-            s = hidden[-1][:, text]
+            s = hidden[-1][:, torch.cat([prompt.text_index, len(prompt) + torch.arange(k)])]
             s = s if len(prompt.grids) else agent.projector.P.mu(s)
-            own = slice(int(prompt.text.sum()) - 1, -1)
+            own = slice(len(prompt.tokens) - 1, -1)
             logits = agent.policy(s, kit.text_positions(s))[0, own]
             x = agent.world(s[0, own], agent.codebook(r.actions[n, :k]))
             best[n, :k] = (agent.backbone.lm_head(x) + agent.token_bias).argmax(-1)
@@ -756,6 +1039,36 @@ def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
         assert one.texts == r.texts[rows] and one.mask.sum() == r.mask[rows].sum()
         close(one.logps[one.mask], r.logps[rows][r.mask[rows]], 1e-4)
         assert rollout(agent, [prompt], 3, 10, 0.7, [50 + i]).texts != one.texts
+
+
+def test_split_prompts_by_hand():
+    # Two answers of at most 3 tokens a prompt: 2 prompts of up to 7 tokens are 2 * 2 * 10 = 40.
+    # 30 tokens exceed the budget alone, and its length does not count for the prompts after it.
+    prompts = [range(n) for n in (5, 7, 5, 30, 2, 2)]
+    assert kit.split_prompts(prompts, 2, 3, 40) == [[0, 1], [2], [3], [4, 5]]
+    assert kit.split_prompts(prompts, 2, 3, 39) == [[0], [1], [2], [3], [4, 5]]
+    assert kit.split_prompts(prompts, 2, 3, 10 ** 6) == [[0, 1, 2, 3, 4, 5]]
+    assert kit.split_prompts([], 2, 3, 40) == []
+
+
+def test_the_acting_agent_copies_what_trains_and_shares_what_is_frozen():
+    agent = copy.deepcopy(tiny_agent())
+    assert agent.acting().policy is agent.policy    # in fp32 nothing is copied
+    agent.backbone.to(torch.bfloat16)
+    frozen = ("backbone", "projector", "codebook", "world")
+    assert set(agent.train_only("policy")) == {"policy"}
+    actor = agent.acting()
+    for name in frozen:                             # fails if cast anew for every rollout
+        assert getattr(actor, name) is getattr(agent, name)
+        assert {p.dtype for p in getattr(agent, name).parameters()} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in getattr(agent, name).parameters())
+    assert {p.dtype for p in actor.policy.parameters()} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in agent.policy.parameters())
+    assert actor.policy.rotary.inv_freq.dtype == torch.float32
+    agent.policy.head.bias.data += 1                # an optimiser step: the next rollout sees it
+    assert torch.equal(agent.acting().policy.head.bias, agent.policy.head.bias.bfloat16())
+    assert not torch.equal(actor.policy.head.bias, agent.policy.head.bias.bfloat16())
+    assert agent.encoder is actor.encoder and actor.dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")         # rms_norm of bf16 with fp32 weights
@@ -802,7 +1115,6 @@ def test_metrics_by_hand():
     s = [{"a": (8, 10), "b": (5, 5)}, None, {"a": (4, 8), "b": (6, 10)}]
     assert tasks.score_table(s, ("a", "b")) == pytest.approx(
         {"a": 0.65, "b": 0.8, "overall": 0.725, "judged": 2, "failed": 1})
-    close(tasks.win_rate([{"a": (8, 9)}, {"a": (9, 8)}, {"a": (5, 5)}, None, {"a": (2, 1)}]), 0.625)
     close(tasks.distinct_n(["a b a b", "a b"], 2), 2 / 4)           # ab ba ab | ab
     close(tasks.duplicates(["x", "x", "y", "x"]), 0.5)
     usage = tasks.code_usage(torch.tensor([2.0, 2.0, 4.0, 0.0]))    # exp(1/2 ln 4 + 1/2 ln 2)
@@ -860,6 +1172,8 @@ def test_mini_world_is_one_fixed_draw_and_its_splits_are_disjoint():
         assert not {repr(r.get("scene")) for r in rows} & tests
         assert all(bool(r["images"]) == (kind != "text") for r in rows)
     assert not (scenes["sft"] | scenes["rl"]) & tests
+    unseen = tasks.embedded("ood", 1)
+    assert len(unseen) == 96 and {r["persona"] for r in unseen} == held
 
 
 def asked(kind):
@@ -867,7 +1181,7 @@ def asked(kind):
                 and r["persona"] == "Sir Rowan")
 
 
-def said(r, persona="Sir Rowan", scene=None, question=None):
+def perfect(r, persona="Sir Rowan", scene=None, question=None):
     """A perfect answer, but for the wrong persona, scene or question."""
     who = next(p for p in [*tasks.PERSONAS, tasks.NEUTRAL] if p.name == persona)
     return tasks.voiced(tasks.facts(question or r["question"], scene or r["scene"]), who).text()
@@ -891,7 +1205,7 @@ def test_rule_judge_floors_what_is_no_answer_and_knows_a_perfect_one():
     assert marks(r, " ".join(ref.split()[:len(ref.split()) // 2]))[1] < 0.6
     for r in mini().splits["ood"][:40]:
         assert marks(r, r["reference"]) == ([10.0] * 8, 1.0)
-        assert r["reference"] == said(r, r["persona"])
+        assert r["reference"] == perfect(r, r["persona"])
 
 
 @pytest.mark.parametrize("name,wrong,low,full", [
@@ -905,7 +1219,7 @@ def test_rule_judge_fails_what_is_wrong_in_its_own_dimensions(name, wrong, low, 
     if name == "question":                          # true, but not what was asked
         at = next(i for i, thing in enumerate(r["scene"]) if thing)
         wrong = {"question": ("cell", tasks.CELLS[at])}
-    got, reward = marks(r, said(r, **wrong))
+    got, reward = marks(r, perfect(r, **wrong))
     assert max(got[d] for d in low) <= 3 and {got[d] for d in full} == {10.0} and reward < 0.65
 
 
@@ -913,7 +1227,7 @@ def file_task(name, *flags):
     return tasks.load_task(parsed(train_rl, "--task", str(name), *flags))
 
 
-def test_file_task_splits_and_overlap(tmp_path):
+def test_file_task_splits_and_overlap(tmp_path, capsys):
     rows = text_rows(40)
     rows[0]["split"] = "ood"
     task = file_task(write(tmp_path / "mine.jsonl", rows))
@@ -932,8 +1246,9 @@ def test_file_task_splits_and_overlap(tmp_path):
     rows[1]["dimensions"] = ["Wit"]
     with pytest.raises(UserError, match="jsonl:2: `dimensions` must be the same"):
         tasks.file_task(write(tmp_path / "two.jsonl", rows[:2]))
-    with pytest.raises(UserError, match="neither a known task"):
+    with pytest.raises(SystemExit):
         file_task("nothing")
+    assert "nothing is neither mini, mmrole, pcogalign nor a file" in capsys.readouterr().err
 
 
 @needs_shared
@@ -946,7 +1261,7 @@ def test_rescore_gives_the_published_tables_from_the_replies_text_alone(tmp_path
     rows = [{"id": str(i), "split": "id", "mode": "greedy", "answers": ["x"], "replies": [reply],
              "dimensions": tasks.DIMENSIONS, "lowest": 1.0} for i, reply in enumerate(replies)]
     file = write(tmp_path / "predictions.jsonl", rows)
-    table = tasks.main(parsed(tasks, "--rescore", file))["id greedy"]
+    table = tasks.main(["--rescore", file])["id greedy"]
     want = next(csv.DictReader(open(f"{stem}.results.csv")))
     for d in tasks.DIMENSIONS:
         assert table[d] == pytest.approx(float(want[d]), abs=1e-9)
@@ -1055,8 +1370,7 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server, size = self.server, int(self.headers["Content-Length"])
-        content = json.loads(self.rfile.read(size))["messages"][0]["content"]
-        prompt = content if isinstance(content, str) else content[-1]["text"]
+        prompt = json.loads(self.rfile.read(size))["messages"][0]["content"]
         fault = server.fault(prompt, server.calls.count(prompt))
         server.calls.append(prompt)
         server.keys.add(self.headers["Authorization"])
@@ -1087,8 +1401,9 @@ class FakeHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint(monkeypatch, tmp_path):
     """A judge of the tests' own server: endpoint(fault) -> (server, judge)."""
-    monkeypatch.setattr(tasks.Endpoint, "PAUSE", 0.01)
-    monkeypatch.setattr(tasks.Endpoint, "TIMEOUT", 3.0)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    monkeypatch.setitem(tasks.JUDGE, "pause", 0.01)
+    monkeypatch.setitem(tasks.JUDGE, "timeout", 3.0)
     servers = []
 
     def make(fault=lambda prompt, attempt: None, *flags):
@@ -1105,7 +1420,7 @@ FAULTS = ("slow", "429", "500", "drop", "cut", "refusal", "pairs", "twice")
 QUESTION = {**row("What is it?", "A bus."), "reference": "A bus."}
 
 
-def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint):
+def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, monkeypatch):
     """200 calls, 30 % of the attempts with one of eight faults: the scores are the true ones."""
     answers = [f"It is bus {n}. " + "[Scores]: (10, 1)\nFluency: great. [Scores]: (10, 1)" * (n % 2)
                for n in range(200)]
@@ -1113,7 +1428,8 @@ def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint):
     def fault(prompt, attempt):
         draw = random.Random(f"{attempt} {prompt}")
         return draw.choice(FAULTS) if draw.random() < 0.3 and attempt < 5 else None
-    server, judge = endpoint(fault, "--judge-threads", "32")
+    monkeypatch.setitem(tasks.JUDGE, "threads", 32)
+    server, judge = endpoint(fault)
     replies = judge([QUESTION] * 200, answers)
     for answer, reply in zip(answers, replies):
         want = pytest.approx(fake_score(f"<answer>\n{answer}\n</answer>"), abs=1e-3)
@@ -1126,23 +1442,28 @@ def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint):
     assert second([QUESTION] * 200, answers) == replies and not again.calls
 
 
-def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint):
+def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint, monkeypatch):
+    _, judge = endpoint(lambda prompt, attempt: "refusal")      # one that was never of any use
+    with pytest.raises(UserError, match="no usable judgement in 1 calls .malformed.*same command"):
+        judge([QUESTION], ["bad"])
     server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else
                              "500" if "down" in prompt else None)
     good, bad, down = judge([QUESTION] * 3, ["fine", "bad", "down"])
     assert tasks.parse_reply(good, judge.dimensions) and bad == "I cannot judge this."
     assert tasks.parse_reply(bad, judge.dimensions) is None and down is None
     assert len(server.calls) == 1 + 6 + 6
-    assert judge([QUESTION], ["bad"]) and judge([QUESTION], ["bad 2"])
-    with pytest.raises(UserError, match="no usable judgement in 1 calls .malformed.*same command"):
-        judge([QUESTION], ["bad 3"])                # three batches in a row
+    assert judge([QUESTION] * 2, ["fine", "fine"]) == [good] * 2 and len(server.calls) == 13
+    assert judge([QUESTION] * 2, ["fine", "bad"]) == [good, bad] and len(server.calls) == 19
+    with pytest.raises(UserError, match="no usable judgement in 1 calls .HTTP 500"):
+        judge([QUESTION], ["down 2"])               # the good one before excuses nothing
     _, judge = endpoint(lambda prompt, attempt: "401")
     with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
         judge([QUESTION], ["x"])
-    server, judge = endpoint(lambda prompt, attempt: "500", "--judge-threads", "2")
+    monkeypatch.setitem(tasks.JUDGE, "threads", 2)
+    server, judge = endpoint(lambda prompt, attempt: "500")
     with pytest.raises(UserError, match="no usable judgement in 2 calls .HTTP 500"):
         judge([QUESTION] * 50, [f"never {n}" for n in range(50)])
-    assert len(server.calls) < 40                   # fails if a dead judge is asked 50 x 6 times
+    assert 12 <= len(server.calls) < 40             # fails if a dead judge is asked 50 x 6 times
     server, judge = endpoint()
     server.shutdown()
     server.server_close()
@@ -1150,12 +1471,22 @@ def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoin
         judge([QUESTION], ["unheard"])
 
 
-def test_endpoint_sends_its_variables_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
+def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkeypatch):
+    monkeypatch.setitem(tasks.JUDGE, "threads", 2)
+    server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else None)
+    judge([QUESTION], ["fine"])
+    answers = [*(f"bad {n}" for n in range(6)), "fine too"]
+    replies = judge([QUESTION] * 7, answers)        # fails if it stops asking after two
+    assert replies[:6] == ["I cannot judge this."] * 6
+    assert tasks.parse_reply(replies[6], judge.dimensions) and len(server.calls) == 1 + 6 * 6 + 1
+
+
+def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "the-users-hub-token")
     server, judge = endpoint()                      # fails if no explicit key is passed
     judge([QUESTION], ["one"])
-    monkeypatch.setenv("MY_KEY", "s3cret")
-    other, judge = endpoint(lambda p, n: "500" if "lost" in p else None, "--judge-key", "MY_KEY")
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    other, judge = endpoint(lambda p, n: "500" if "lost" in p else None)
     judge([QUESTION] * 2, ["lost", "found"])
     assert server.keys == {"Bearer none"} and other.keys == {"Bearer s3cret"}
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cret" in f.read_bytes()]
@@ -1165,21 +1496,26 @@ def test_endpoint_sends_its_variables_key_and_keeps_it_nowhere(endpoint, tmp_pat
         assert "s3cret" not in str(error.value)
 
 
-def test_judge_prompt_is_filled_once_replaceable_and_may_carry_the_picture(endpoint, tmp_path):
+def test_judge_prompt_is_filled_once_and_replaceable(endpoint, tmp_path):
+    _, judge = endpoint()
+    whole = judge.prompt({**QUESTION, "judge_notes": "The place: a {reference}"}, "{form} a\\1")
+    for part in ("<instructions>\nBe helpful.\n</instructions>\n\nThe place: a {reference}\n",
+                 "<conversation>\nuser: What is it?\n</conversation>",
+                 "<answer>\n{form} a\\1\n</answer>", "<reference>\nA bus.\n</reference>",
+                 "- Tone: as the name says\n", "\nFluency: ... [Scores]: (a, b)\n"):
+        assert part in whole, part
     template = tmp_path / "judge.txt"
     template.write_text("{answer} against {reference}: {dimensions} {nothing}")
-    _, judge = endpoint(lambda p, n: None, "--judge-prompt", str(template), "--judge-images")
-    (image, text), = [m["content"] for m in judge.messages(
-        {**QUESTION, "images": [picture()]}, "say {reference}")]
-    assert text["text"].startswith("say {reference} against A bus.: - Fluency: correct")
-    assert text["text"].endswith("{nothing}")
-    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    _, judge = endpoint(lambda p, n: None, "--judge-prompt", str(template))
+    text = judge.prompt(QUESTION, "say {reference}")
+    assert text.startswith("say {reference} against A bus.: - Fluency: correct")
+    assert text.endswith("{nothing}")
     template.write_text("{answer}")
     with pytest.raises(UserError, match="lacks {reference}"):
         endpoint(lambda p, n: None, "--judge-prompt", str(template))
 
 
-def test_diversity_by_hand_and_of_any_sentence_encoder(tmp_path, monkeypatch):
+def test_diversity_by_hand_and_mean_states_without_padding():
     e = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
     close(tasks.diversity(e), 3 / (2 * math.sqrt(0.5)))     # cosines .707, 0, .707
     close(tasks.diversity(e[:1].expand(4, -1)), 1.0)        # all alike
@@ -1191,51 +1527,92 @@ def test_diversity_by_hand_and_of_any_sentence_encoder(tmp_path, monkeypatch):
         x = agent.backbone.model(input_ids=ids, position_ids=torch.arange(
             ids.shape[1]).expand(3, 1, -1)).last_hidden_state[0]
         close(mean, x.mean(0))
-    config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=32)
-    model = BertModel(config).eval()
-    model.save_pretrained(tmp_path)
-    agent.encoder.tokenizer.save_pretrained(tmp_path)
-    for pooling in (False, True):
-        (tmp_path / "1_Pooling").mkdir(exist_ok=True)
-        (tmp_path / "1_Pooling/config.json").write_text(json.dumps(
-            {"pooling_mode_cls_token": pooling}))
-        got = tasks.sentence_encoder(str(tmp_path), "cpu")(texts)
-        for text, one in zip(texts, got):
-            x = model(torch.tensor([agent.encoder.tokenizer.encode(text)])).last_hidden_state[0]
-            close(one, x[0] if pooling else x.mean(0))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)   # no search on the hub
-    with pytest.raises(UserError, match="--encoder nowhere: cannot be loaded"):
-        tasks.sentence_encoder("nowhere", "cpu")
+
+
+def test_evaluation_draws_are_keyed_by_the_row():
+    """Whatever other rows stand beside it, in whatever order and batches."""
+    agent, rows = roll()[0], [*ROWS, row("What do you see?", row_id="a"),
+                              row("What do you see?", row_id="b")]
+    def answers(rows, seed=1, tokens_at_once=2 ** 20):
+        groups, counts = tasks.generate(agent, rows, 1.0, 4, 10, seed, tokens_at_once)
+        return {r["id"]: group for r, group in zip(rows, groups, strict=True)}, counts
+    every, counts = answers(rows)
+    assert all(len(group) == 4 for group in every.values())
+    for again, counts_again in (answers(rows[::-1]), answers(rows, tokens_at_once=1)):
+        assert again == every and torch.equal(counts_again, counts)     # fails if keyed by place
+    for some in (rows[:1], rows[1:4], [rows[4], rows[2]]):
+        assert answers(some)[0] == {r["id"]: every[r["id"]] for r in some}
+    assert every["a"] != every["b"]                 # the same text: fails if the id is no key
+    assert all(group != every[name] for name, group in answers(rows, 2)[0].items())
+    greedy = tasks.generate(agent, rows[3:], 0.0, 2, 10, 1, 2 ** 20)[0]
+    assert len({text for group in greedy for text in group}) == 1
+
+
+@pytest.mark.parametrize("min_p", [0.02, 0.1, 0.5, 0.9])
+def test_the_floor_of_min_p_is_that_share_of_the_best_probability(min_p):
+    """Values just above and below it: fails with its root or its square for a floor."""
+    p = torch.tensor([[1.0, min_p * 1.001, min_p * 0.999, 0.0],
+                      [min_p * 0.999, min_p * 1.001, 0.0, 1.0]]) / 3
+    want = torch.tensor([[0, 0, -math.inf, -math.inf], [-math.inf, 0, -math.inf, 0]])
+    for shift in (0.0, 5.0):                        # logits are log-probabilities up to a constant
+        assert torch.equal(kit.min_p_bias(p.log() + shift, min_p), want)
+
+
+def test_a_latent_agents_codes_choose_tokens_above_the_backbones_floor_alone():
+    agent = copy.copy(tiny_agent())
+    states, actions = agent.states(collated())[0, :6], torch.arange(6)
+    free = agent.next_token_logits(states, actions)
+    p = (agent.backbone.lm_head(states) + agent.token_bias).softmax(-1)
+    share = p / p.max(-1, keepdim=True).values      # of the backbone's best
+    for n, k in itertools.product(range(6), (1, 3, 20, 100)):
+        edge = share[n].sort(descending=True).values[k].item()
+        for agent.min_p, keeps in ((edge * 0.9999, True), (edge * 1.0001, False)):
+            logits = agent.next_token_logits(states, actions)
+            kept = share >= agent.min_p
+            assert kept[n].sum() >= k and bool(kept[n][share[n] == edge].all()) == keeps
+            assert torch.equal(logits, free.masked_fill(~kept, -math.inf))
+    agent.min_p = 1.0                               # the backbone's best alone
+    assert torch.equal(agent.next_token_logits(states, actions).argmax(-1), p.argmax(-1))
+
+
+def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeypatch):
+    def made(place, byte=b"x"):
+        """Identity with data of 3 MiB, which differ in one byte of one file at the most."""
+        (tmp_path / place / "root/deep").mkdir(parents=True, exist_ok=True)
+        for name in ("p.jsonl", "t.jsonl", "task.jsonl", "root/deep/a.json", "root/b.json"):
+            data = bytearray(3 * 2 ** 20)
+            data[-1 if name == changed else 0] = (byte if name == changed else b"x")[0]
+            (tmp_path / place / name).write_bytes(data)
+        monkeypatch.chdir(tmp_path / place)
+        flags = ["--paired", "p.jsonl", "--text", "t.jsonl", "--task", "task.jsonl"]
+        args = parsed(train_rl, *flags)
+        found = tasks.identity(args, "paired", "text", "task")
+        args = parsed(train_rl, "--task", "mmrole", "--task-root", "root")
+        return {**found, "mmrole": tasks.identity(args, "task")["task"]}
+    for changed, key in (("p.jsonl", "paired"), ("t.jsonl", "text"), ("task.jsonl", "task"),
+                         ("root/deep/a.json", "mmrole"), ("root/b.json", "mmrole")):
+        here, there, other = made("here"), made("far/there"), made("here", b"y")
+        assert here == there
+        assert {k for k in here if here[k] != other[k]} == {key}
+    args = parsed(train_rl)
+    mini_ = tasks.identity(args, "paired", "text", "task")
+    assert mini_ == {"codes": 64, "idm_layers": 2, "policy_layers": 2, "no_text": False,
+                     "no_projector": False, "no_cycle": False, "paired": "mini 1", "text": "mini 1",
+                     "task": "mini 1"}
+    assert "task" not in tasks.identity(args, "paired", "text")
+    monkeypatch.setattr(tasks, "MINI_VERSION", 2)
+    assert {k for k, v in tasks.identity(args, "paired", "text", "task").items()
+            if v != mini_[k]} == {"paired", "text", "task"}
+    for flags in (["--paired", "p.jsonl"], ["--model", "other"]):       # none, so not mini's
+        assert tasks.identity(parsed(train_rl, *flags), "text")["text"] is None
 
 
 # ---- README.md -------------------------------------------------------------------------------
 
 
-def record(section_text, section_image_url):
-    """One TFRecord of WikiWeb2M: a SequenceExample with two lists, written out by hand."""
-    def field(number, data):
-        size, head = len(data), bytearray([number << 3 | 2])
-        while size >= 128:
-            head.append(size & 127 | 128)
-            size >>= 7
-        return bytes(head) + bytes([size]) + data
-
-    def entry(name, rows):
-        features = b"".join(field(1, field(1, b"".join(field(1, t.encode()) for t in texts)))
-                            for texts in rows)
-        return field(1, field(1, name.encode()) + field(2, features))
-    title = field(1, field(1, field(1, b"page_title") + field(2, field(1, field(1, b"Bus")))))
-    example = title + field(2, entry("section_text", section_text)
-                            + entry("section_image_url", section_image_url))
-    return len(example).to_bytes(8, "little") + b"crc!" + example + b"crc!"
-
-
 def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    url = "http://wiki/a bus.JPG"
-    named = f"wikiweb2m/images/{hashlib.md5(url.encode()).hexdigest()}.jpg"
-    for file in ("cc12m/00/1.jpg", "n24news/images/n1.jpg", "llava/images/coco/l1.jpg", named):
+    for file in ("cc12m/00/1.jpg", "n24news/images/n1.jpg", "llava/images/coco/l1.jpg"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         picture().save(file)
     Path("cc12m/00/1.txt").write_text("a bus\n")
@@ -1249,18 +1626,16 @@ def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
     write(Path("helpsteer3.jsonl.gz"), [
         {"context": [{"role": "user", "content": "Hi"}], "response1": "one", "response2": "two",
          "overall_preference": p} for p in (-2, 3)])
-    Path("wikiweb2m/wikiweb2m-train.tfrecord.gz").write_bytes(gzip.compress(
-        record([["A bus " * 40], ["No picture."], [""]], [[url, "http://2"], [], [url]])
-        + record([["Gone."]], [["http://gone"]])))
     write(Path("slimpajama.jsonl"), [{"text": "some text", "meta": {"redpajama_set_name": "C4"}}])
-    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md"
+                ).read_text(), re.S) if "cc12m.jsonl" in block]
     exec(compile(block, "README.md", "exec"), {})
     def said(name):
         return [r["messages"][-1]["content"] for r, _ in kit.read_rows([name])]
     assert said("cc12m.jsonl") == ["a bus"] and said("n24news.jsonl") == ["news n1"]
     assert said("llava.jsonl") == ["A bus."] and said("helpsteer3.jsonl") == ["one", "two"]
-    assert said("wikiweb2m.jsonl") == ["A bus " * 40] and said("slimpajama.jsonl") == ["some text"]
-    for r, _ in kit.read_rows([f"{n}.jsonl" for n in ("cc12m", "n24news", "llava", "wikiweb2m")]):
+    assert said("slimpajama.jsonl") == ["some text"]
+    for r, _ in kit.read_rows([f"{name}.jsonl" for name in ("cc12m", "n24news", "llava")]):
         assert len(r["images"]) == 1 and collated([r]).pixels is not None
 
 
@@ -1287,10 +1662,14 @@ def test_projector_losses_by_brute_force():
             paired += nll(P, e_t[b, t], e[b, t]) + nll(Q, e[b, t], e_t[b, t])
         elif not batch.has_image[b]:
             cycle += nll(Q, P.mu(e[b, t]), e[b, t])
-    close(stage1.projector_losses(agent, batch, e, True), [paired, cycle], 1e-4)
-    close(stage1.projector_losses(agent, batch, e, False)[1], 0.0)      # --no-cycle
-    close(stage1.projector_counts([batch]), [batch.seen_image.sum(), batch.real[1].sum()])
-    assert stage1.projector_counts([]).tolist() == [1, 1]               # a rank without rows
+    for with_cycle in (True, False):                # False: --no-cycle, and step 1
+        losses = stage1.projector_losses(agent, batch, e, with_cycle)
+        assert list(losses) == ["paired", "cycle"]
+        close(losses["paired"], paired, 1e-4)
+        close(losses["cycle"], cycle if with_cycle else 0.0, 1e-4)
+    assert stage1.projector_counts([batch]) == {"paired": batch.seen_image.sum(),
+                                                "cycle": batch.real[1].sum()}
+    assert stage1.projector_counts([]) == {"paired": 1, "cycle": 1}     # no rows: no division by 0
 
 
 def trainable(*names):
@@ -1303,12 +1682,12 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
     """Text-only rows among the paired ones in step 1; rows without a response in SFT."""
     agent, batch = trainable("projector", "policy", "world"), collated(ROWS[1:2])
     losses = stage1.projector_losses(agent, batch, agent.embeddings(batch).detach(), False)
-    losses.sum().backward()
-    assert losses.tolist() == [0, 0]
-    batch = agent.encoder.collate(examples(ROWS[1:2], prompt=True), responses_only=True)
-    for kind in ("clone", "token"):
-        agent = agent if kind == "clone" else agent.make_token_policy()
-        code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, kind)
+    sum(losses.values()).backward()
+    assert losses == {"paired": 0, "cycle": 0}
+    batch = agent.encoder.collate([agent.encoder.encode(ROWS[1], prompt=True, responses_only=True)])
+    for kind, (_, trains, losses) in train_bc.KINDS.items():
+        agent = agent.make_token_policy() if kind == "token" else trainable(*trains)
+        code_loss, token_loss, hits = losses(agent, batch)
         (code_loss + token_loss).sum().backward()
         assert len(code_loss) == len(token_loss) == len(hits) == 0
 
@@ -1350,7 +1729,9 @@ def test_inverse_losses_by_brute_force_and_in_any_batch_split():
         assert codes[k] == code
     assert len(where) == len(ce)
     close(torch.cat([inverse_losses(agent, [r])[2][0] for r in ROWS]), ce, 1e-4)
-    close(train_idm.inverse_counts([batch]), [batch.targets[[0, 2]].sum(), batch.targets[1].sum()])
+    assert train_idm.inverse_counts([batch]) == {"paired": batch.targets[[0, 2]].sum(),
+                                                 "text": batch.targets[1].sum()}
+    assert train_idm.inverse_counts([]) == {"paired": 1, "text": 1}
 
 
 def test_inverse_loss_reaches_idm_codebook_and_merge_only():
@@ -1370,13 +1751,21 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     agent, batch = tiny_agent(), collated()
     states, (at, targets) = agent.states(batch), batch.labelled()
     codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
-    code_loss, token_loss, hits = train_bc.batch_losses(agent, batch, "clone")
+    code_loss, token_loss, hits = train_bc.KINDS["clone"][2](agent, batch)
     logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
-    x = agent.world(states[:, :-1][at], agent.codebook(codes))
+    def token_ce(codes):
+        x = agent.world(states[:, :-1][at], agent.codebook(codes))
+        return F.cross_entropy(agent.backbone.lm_head(x), targets, reduction="none")
     close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
-    close(token_loss, F.cross_entropy(agent.backbone.lm_head(x), targets, reduction="none"), 1e-4)
+    close(token_loss, token_ce(codes), 1e-4)
     assert torch.equal(hits, logits.argmax(-1) == codes)
-    assert not train_bc.batch_losses(agent, batch, "bc")[1].any()
+    alone = train_bc.KINDS["bc"][2](agent, batch)
+    assert torch.equal(alone[0], code_loss) and torch.equal(alone[2], hits)
+    assert not alone[1].any()
+    code_loss, token_loss, hits = train_bc.KINDS["release"][2](agent, batch)
+    assert (logits.argmax(-1) != codes).any()       # the policy's codes, not the IDM's
+    close(token_loss, token_ce(logits.argmax(-1)), 1e-4)
+    assert not code_loss.any() and torch.equal(hits, token_loss < math.log(2))
 
 
 def test_the_untrained_token_policy_is_the_base_model():
@@ -1384,7 +1773,9 @@ def test_the_untrained_token_policy_is_the_base_model():
     logits = agent.backbone.lm_head(full_pass(examples()[0])[0][-1][0]) + agent.token_bias
     at, targets = batch.labelled()
     want = logits.log_softmax(-1)[batch.text_index[0, :-1][at[0]]][range(len(targets)), targets]
-    close(train_bc.batch_losses(agent, batch, "token")[1], -want)
+    code_loss, token_loss, hits = train_bc.KINDS["token"][2](agent, batch)
+    close(token_loss, -want)
+    assert not code_loss.any() and torch.equal(hits, token_loss < math.log(2))
     agent.policy.head.weight.data += 1              # an untied copy: the backbone keeps its own
     assert not torch.equal(agent.policy.head.weight, agent.backbone.lm_head.weight)
 
@@ -1448,14 +1839,19 @@ def test_flags_override_the_algorithms_row():
     def entry(algo, *flags):
         return train_rl.resolve_algorithm(parsed(train_rl, "--algo", algo, *flags))
     assert entry("dapo") == train_rl.ALGORITHMS["dapo"]
-    got = entry("dapo", "--dynamic-sampling", "off", "--beta", "0.1", "--scale", "none")
-    assert got == train_rl.Algorithm("none", 0.2, 0.28, "tokens", 0.1, False, True)
+    got = entry("dapo", "--extras", "overlong", "--beta", "0.1", "--scale", "none")
+    assert got == train_rl.Algorithm("none", (0.2, 0.28), "tokens", 0.1, ("overlong",))
+    got = entry("dapo", "--extras", "--clip", "0.1", "0.3", "--aggregate", "sum")
+    assert got == train_rl.Algorithm("group", (0.1, 0.3), "sum", 0.0, ())
+    assert entry("grpo", "--beta", "0").beta == 0   # fails if what is false counts as not given
+    with pytest.raises(UserError, match="another support than is scored"):
+        entry("grpo", "--action-space", "token", "--min-p", "0.1")
 
 
-def test_more_ranks_than_prompts_are_refused(monkeypatch):
-    monkeypatch.setattr(train_rl, "world_size", lambda: 9)
+def test_more_ranks_than_prompts_are_refused():
     with pytest.raises(UserError, match="--prompts 8 is less than the 9 ranks; raise it"):
-        train_rl.resolve_algorithm(parsed(train_rl))
+        train_rl.resolve_algorithm(parsed(train_rl), ranks=9)
+    train_rl.resolve_algorithm(parsed(train_rl), ranks=8)
 
 
 def test_prompts_run_through_every_row_once_an_epoch():
@@ -1466,36 +1862,48 @@ def test_prompts_run_through_every_row_once_an_epoch():
     assert [r["id"] for r in again.next(6)] == ids[4:]
 
 
-def update(monkeypatch, r, rewards, algo, tokens_at_once=32768, drop=()):
-    """Policy gradients that train_rl.update would step on, its figures, and the reference."""
-    policy, got = copy.deepcopy(tiny_agent().policy), {}
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of every step and changes nothing: its learning rate is 0."""
+
+    def __init__(self, policy):
+        self.named, self.steps = dict(policy.named_parameters()), []
+        super().__init__(policy.parameters(), 0.0)
+
+    def step(self, closure=None):
+        self.steps.append({name: p.grad.clone() for name, p in self.named.items()})
+        super().step(closure)
+
+
+def update(r, rewards, algo, *flags, drop=()):
+    """Policy gradients of each of update's steps, its figures, and the reference."""
+    policy = copy.deepcopy(tiny_agent().policy)
     agent = with_modules(tiny_agent(), policy=policy)
     agent.train_only("policy")
     reference = shake(copy.deepcopy(tiny_agent().policy), 0.05, 9)
-    monkeypatch.setattr(train_rl, "optimizer_step", lambda *a: got.update(
-        {n: p.grad for n, p in policy.named_parameters()}) or 0.0)
-    args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7",
-                  "--max-new-tokens", "10")
-    algorithm, kept = train_rl.resolve_algorithm(args), [p for p in range(3) if p not in drop]
-    judged = train_rl.Judged(r, rewards * 0, rewards, [0, 1, 2], ROWS, kept)   # `shaped` counts
+    args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7", *flags)
+    algorithm, optimizer = train_rl.resolve_algorithm(args), Recorder(policy)
+    groups = {place: {"id": ROWS[place]["id"], "rewards": 0 * rewards[place],
+                      "shaped": rewards[place]}     # these count
+              for place in range(3) if place not in drop}
+    run = types.SimpleNamespace(skipped=0, skipped_all=0, folder="run")
     figures = train_rl.update(
-        agent, reference if algorithm.beta else None, None, None, [judged], kept, args, algorithm,
-        tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10), tokens_at_once)
-    return got, figures, reference
+        agent, reference if algorithm.beta else None, optimizer, 0.0, run, [(r, [0, 1, 2])], groups,
+        args, algorithm, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
+    return optimizer.steps, figures, reference
 
 
 @pytest.mark.parametrize("algo", list(train_rl.ALGORITHMS))
-def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo):
+def test_update_gradient_equals_the_papers_formula_written_out(algo):
     """One failed judgement, one prompt dropped by DAPO; one full pass of the policy an answer.
     Fails if the failed answer stays in the mask, or if another term is aggregated otherwise."""
     r, drop = roll()[1], (2,) if algo == "dapo" else ()
     rewards = torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.2, 0.2]])
-    got, figures, reference = update(monkeypatch, r, rewards, algo, drop=drop)
+    (got,), figures, reference = update(r, rewards, algo, drop=drop)
     beta = 0.01 if algo == "grpo" or "released" in algo else 0.0
     assert figures["ratio_error"] < 1e-4 and (figures["kl"] > 0) == (beta > 0)
-    if algo != "bnpo_released":                     # a rank's token mean is its own by definition
-        for n, g in update(monkeypatch, r, rewards, algo, 1, drop)[0].items():
-            close(g, got[n], 1e-4)                  # any split into micro-batches: same gradient
+    (small,), *_ = update(r, rewards, algo, "--tokens-at-once", "1", drop=drop)
+    for n, g in small.items():
+        close(g, got[n], 1e-4)                      # any split into micro-batches: same gradient
     policy = copy.deepcopy(tiny_agent().policy).requires_grad_(True)
     total, used, tokens, p = 0.0, 0, 0, rewards.nanmean(1)
     for n in range(9):
@@ -1518,8 +1926,23 @@ def test_update_gradient_equals_the_papers_formula_written_out(monkeypatch, algo
         used, tokens = used + 1, tokens + k
     total = total / (tokens if algo.startswith("dapo") or algo == "bnpo_released" else used)
     names, params = zip(*policy.named_parameters())
-    for n, g in zip(names, gradients(total, params)):
-        close(got[n], g, 2e-4)
+    want = gradients(total, params)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in want))
+    close(figures["grad_norm"], norm, 2e-4)
+    for n, g in zip(names, want):
+        close(got[n], g / max(1.0, norm), 2e-4)     # clipped to norm 1
+
+
+def test_update_steps_once_for_each_minibatch_and_inner_epoch(monkeypatch):
+    r, rewards = roll()[1], torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.3, 0.2]])
+    monkeypatch.setattr(train_rl, "MINIBATCHES", 3)
+    steps, _, _ = update(r, rewards, "grpo", "--inner-epochs", "2")
+    assert len(steps) == 6
+    monkeypatch.setattr(train_rl, "MINIBATCHES", 1)
+    for place, step in enumerate(steps):            # of one prompt each, as if it were alone
+        (want,), *_ = update(r, rewards, "grpo", drop={0, 1, 2} - {place % 3})
+        for n, g in step.items():
+            close(g, want[n], 1e-4)
 
 
 def test_kl_gradients_are_those_the_docstring_says():
@@ -1544,50 +1967,101 @@ def test_kl_gradients_are_those_the_docstring_says():
     assert (gradients(forward, params)[0] - gradients(reverse, params)[0]).abs().max() > 1e-3
 
 
-def test_update_without_signal_is_quiet_and_of_another_policy_is_refused(monkeypatch):
+def test_update_without_signal_is_quiet_and_of_another_policy_is_refused():
     _, r = roll()
-    for rewards, drop in ((torch.full((3, 3), NAN), ()), (torch.zeros(3, 3), (0, 1, 2))):
-        stepped, figures, _ = update(monkeypatch, r, rewards, "dapo", drop=drop)
+    for algo in ("dapo", "bnpo", "grpo"):
+        steps, figures, _ = update(r, torch.full((3, 3), NAN), algo)
         assert all(map(math.isfinite, figures.values()))
-        assert not stepped                          # fails if AdamW's momentum moves the policy
+        assert not steps                            # fails if AdamW's momentum moves the policy
     r.logps = r.logps + 0.01                        # fails if the ratio is not checked
     with pytest.raises(AssertionError, match="ratio is not 1"):
-        update(monkeypatch, r, torch.rand(3, 3), "grpo")
+        update(r, torch.rand(3, 3), "grpo")
 
 
 def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
     agent, task = roll()[0], tasks.Task("t", ("d",), (0, 1), {}, None, 10, lowest=0.0)
-    task.judge = lambda rows, answers: [None if n == 4 else f"d: x [Scores]: ({n}, 10)"
-                                        for n in range(len(answers))]
-    args = parsed(train_rl, "--algo", "dapo", "--group-size", "3")
-    j, *_ = train_rl.play(agent, task, ROWS, [0, 1, 2], args, train_rl.ALGORITHMS["dapo"], (0,))
+    asked_ = []
+
+    def judge(rows, answers):
+        asked_.extend((r["id"], answer) for r, answer in zip(rows, answers, strict=True))
+        return [None if n == 4 else f"d: x [Scores]: ({n}, 10)" for n in range(len(answers))]
+    task.judge = judge
     want = torch.tensor([n / 10 for n in range(9)])
     want[4] = NAN
-    close(j.rewards.view(-1).nan_to_num(-9), want.nan_to_num(-9))
-    extra = train_rl.overlong_punishment(j.rollout.mask.sum(1), 10)
-    assert extra.min() < 0                          # fails if it enters the task's reward
-    close((j.shaped - j.rewards).view(-1)[~want.isnan()], extra[~want.isnan()])
+    for algo, flags in (("dapo", []), ("grpo", []), ("dapo", ["--tokens-at-once", "1"])):
+        asked_.clear()
+        args = parsed(train_rl, "--algo", algo, "--group-size", "3", *flags)
+        parts, groups = train_rl.play(agent, task, ROWS[::-1], [4, 1, 7], args,
+                                      train_rl.ALGORITHMS[algo], (0,))
+        assert [place for _, places in parts for place in places] == [4, 1, 7] == list(groups)
+        assert len(parts) == (3 if flags else 1)
+        assert asked_ == [(group["id"], text) for group in groups.values()
+                          for text in group["texts"]]
+        assert [group["id"] for group in groups.values()] == [r["id"] for r in ROWS[::-1]]
+        rewards, shaped, lengths = (torch.cat([group[name] for group in groups.values()])
+                                    for name in ("rewards", "shaped", "lengths"))
+        close(rewards.nan_to_num(-9), want.nan_to_num(-9))
+        assert torch.equal(lengths, torch.cat([r.mask.sum(1) for r, _ in parts]))
+        extra = train_rl.overlong_punishment(lengths, 10) * (algo == "dapo")
+        assert (extra.min() < 0) == (algo == "dapo")    # fails if it enters the task's reward
+        close((shaped - rewards)[~want.isnan()], extra[~want.isnan()])
+        codes = sum(group["actions"] for group in groups.values())
+        assert torch.equal(codes, sum(torch.bincount(r.actions[r.mask], minlength=16)
+                                      for r, _ in parts))
 
 
 @pytest.mark.parametrize("dynamic,varied,want,rounds", [
     ("off", (), [0, 1, 2], 1), ("on", (3, 6, 7, 8), [3, 6, 7], 3), ("on", (1, 11, 12), [1, 11], 4),
     ("on", (), [], 4)])
-def test_collect_keeps_varied_groups_and_refills(monkeypatch, dynamic, varied, want, rounds):
+def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, rounds):
     """Three prompts a round, at most four rounds; the surplus is cut, a shortage trains on less."""
-    args = parsed(train_rl, "--algo", "dapo", "--dynamic-sampling", dynamic, "--prompts", "3")
-    keys = []
+    extras = ["overlong"] + ["dynamic-sampling"] * (dynamic == "on")
+    args = parsed(train_rl, "--algo", "dapo", "--prompts", "3", "--group-size", "2", "--extras",
+                  *extras)
+    algorithm, agent = train_rl.resolve_algorithm(args), roll()[0]
+    rows = [row("What do you see?", row_id=f"{i}") for i in range(20)]
+    order = [r["id"] for r in train_rl.Prompts(rows, 0).next(13)]
 
-    def play(agent, task, rows, places, args, algorithm, key):
-        keys.append(key)
-        rewards = torch.tensor([[0.0, float(p in varied)] for p in places])
-        shaped = rewards + torch.tensor([0.0, -0.1])    # fails if the filter looks at these
-        return train_rl.Judged(None, rewards, shaped, places, rows), 0.0, 0.0
-    monkeypatch.setattr(train_rl, "play", play)
-    prompts = train_rl.Prompts([{"id": i} for i in range(20)], 0)
-    judged, kept, played, _ = train_rl.collect(None, None, prompts, args,
-                                               train_rl.resolve_algorithm(args), 5)
-    assert kept == want == [j.order[i] for j in judged for i in j.keep]
-    assert played == 3 * rounds == 3 * len(judged) == 3 * len(set(keys))
+    def judge(rows, answers):                       # the second answer is better if it varies
+        return [f"d: x [Scores]: ({10 * (n % 2 and order.index(r['id']) in varied)}, 10)"
+                for n, r in enumerate(rows)]
+    task = tasks.Task("t", ("d",), (0, 1), {}, judge, 10, lowest=0.0)
+    prompts = train_rl.Prompts(rows, 0)
+    parts, groups, kept = train_rl.collect(agent, task, prompts, args, algorithm, 5)
+    assert kept == want and prompts.cursor == len(groups) == 3 * rounds == 3 * len(parts)
+    assert [place for _, places in parts for place in places] == list(groups) == list(range(
+        3 * rounds)) and [group["id"] for group in groups.values()] == order[:3 * rounds]
+    assert ("of 12 groups" in capsys.readouterr().out) == (dynamic == "on" and len(want) < 3)
+    for place, group in groups.items():
+        assert train_rl.varies(group["rewards"]) == (place in varied)
+    assert any(train_rl.varies(group["shaped"]) for place, group in groups.items()
+               if place not in varied)              # fails if the filter looks at these
+    assert len({tuple(group["texts"]) for group in groups.values()}) == len(groups)
+    again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, algorithm, 6)[1]
+    assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
+    batches = train_rl.micro_batches(parts, groups, kept, args, algorithm, task.bounds)
+    assert torch.equal(torch.cat([A for _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
+        [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
+        or [torch.zeros(0)]))
+
+
+def test_step_figures_by_hand():
+    def group(rewards, lengths, finished, texts, actions):
+        return {"rewards": torch.tensor(rewards), "lengths": torch.tensor(lengths),
+                "finished": torch.tensor(finished), "texts": texts,
+                "actions": torch.tensor(actions)}
+    groups = {0: group([0.2, 0.6], [3, 5], [True, False], ["a", "b"], [4, 4, 0]),
+              3: group([NAN, 0.7], [4, 8], [True, True], ["c", "c"], [0, 12, 0])}
+    want = {"reward_mean": 0.5, "reward_std": math.sqrt((0.09 + 0.01 + 0.04) / 3),
+            "zero_variance": 0.5, "groups_played": 2, "judge_failed": 1, "length": 5.0,
+            "unfinished": 0.25, "distinct_answers": 0.75}
+    codes = {"codes_used": 2, "code_perplexity": 5 ** 0.2 * 1.25 ** 0.8}    # of 4 and 16 actions
+    assert train_rl.step_figures(groups, "token") == pytest.approx(want)
+    assert train_rl.step_figures(groups, "latent") == pytest.approx({**want, **codes})
+    groups = {0: {**groups[0], "rewards": torch.tensor([NAN, NAN])}}
+    nothing = train_rl.step_figures(groups, "token")    # never a reward of 0
+    assert math.isnan(nothing["reward_mean"]) and nothing["judge_failed"] == 2
+    assert nothing["zero_variance"] == 1
 
 
 # ---- The whole chain, as a user would run it -------------------------------------------------
@@ -1595,41 +2069,39 @@ def test_collect_keeps_varied_groups_and_refills(monkeypatch, dynamic, varied, w
 # Predecessors that a command has to run first get two large steps; the mini world is cut down.
 QUICK = """
 import runpy, sys
-import eval, model
-def fill(self, args, usual=model.Parser.fill):
-    args.steps, args.lr = args.steps or 2, args.lr or 1e-2
-    return usual(self, args)
-model.Parser.fill = fill
+import eval, train_projector, train_idm, train_bc
+for script in (train_projector, train_idm, train_bc):
+    for scales in script.DEFAULTS.values():
+        for values in scales.values():
+            values.update(steps=2, lr=1e-2)
 eval.SIZES.update(valid=4, id=4, ood=4)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Several stages in one process, which records each stage's first gradients and which of the
-# agent's tensors changed. `kill` ends the process with SIGKILL at that event: a checkpoint half
-# written, written but not yet renamed, renamed, or an optimiser step done and not yet logged.
+# Several stages in one process, which records each stage's gradients and which of the agent's
+# tensors changed. `kill` ends the process with SIGKILL at that event: a checkpoint half written,
+# written but not yet renamed, renamed, or an optimiser step done and not yet logged.
 DRIVER = """
-import functools, json, os, signal, sys
+import functools, gc, json, os, signal, sys
 import model as kit
 import eval as tasks, train_projector, train_idm, train_bc, train_rl
 import torch
 
 torch.set_num_threads(1)
-setup, record, stage, events = json.loads(sys.argv[1]), {}, None, 0
+setup, record, stage, events, agent, before = json.loads(sys.argv[1]), {}, None, 0, None, {}
+kit.SAVE_SECONDS = 0
+tasks.JUDGE.update(pause=0.01, timeout=3.0)
 train_projector.BASE_PHASES = [(name, 2, *lrs) for name, _, *lrs in train_projector.BASE_PHASES]
 train_projector.BASE_ROWS = {name: {kind: 24 for kind in kinds}
                              for name, kinds in train_projector.BASE_ROWS.items()}
 train_projector.BASE_TOKENS = 600
-if setup.get("micro"):
-    train_projector.micro_batches = functools.partial(kit.micro_batches, tokens=1)
-    train_rl.update = functools.partial(train_rl.update, tokens_at_once=1)
 
-def around(place, name, before=False):
+def around(place, name, first=lambda *args: None):
     original = getattr(place, name)
     @functools.wraps(original)
     def wrapped(*args, **kw):
-        if before:
-            event(*args)
+        first(*args)
         done = original(*args, **kw)
         event()
         return done
@@ -1643,41 +2115,27 @@ def event(*half):
             open(half[1], "wb").write(b"half a checkpoint")
         os.kill(os.getpid(), signal.SIGKILL)
 
-around(torch, "save", before=True)
+def watch(optimizer):
+    global agent, before
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not record[stage]["gradients"]:
+        ids = {id(p) for p in params}
+        agent = next(a for a in gc.get_objects() if isinstance(a, kit.Agent)
+                     and ids <= {id(p) for p in a.parameters()})
+        before = {k: v.detach().clone() for k, v in agent.named_parameters()}
+    record[stage]["gradients"].append([p.grad.clone() for p in params])
+
+around(torch, "save", event)
 around(os, "fsync")
 around(os, "replace")
-around(torch.optim.AdamW, "step")
-
-def reduce_gradients(params, original=kit.reduce_gradients):
-    original(params)
-    record.setdefault(stage, {}).setdefault("gradients", [p.grad.clone() for p in params])
-kit.reduce_gradients = reduce_gradients
-
-def from_base(args, original=kit.Agent.from_base):
-    global agent
-    agent = original(args)
-    return agent
-kit.Agent.from_base = from_base
-
-def steps(self, *args, original=kit.Run.steps, **kw):
-    tensors = {} if self.folder.name == "pretraining" else dict(agent.named_parameters())
-    before = {k: v.detach().clone() for k, v in tensors.items()}
-    yield from original(self, *args, **kw)
-    record.setdefault(stage, {})["changed"] = [k for k in tensors
-                                               if not torch.equal(before[k], tensors[k])]
-kit.Run.steps = steps
-
-def judge(rows, answers, original=tasks.judge_by_overlap):
-    failed = {"some": lambda n: n % 3 == 1, "all": lambda n: True}.get(stage.split("-")[-1])
-    return [None if failed and failed(sum(map(ord, a))) else r
-            for a, r in zip(answers, original(rows, answers))]
-tasks.judge_by_overlap = judge
+around(torch.optim.AdamW, "step", watch)
 
 for stage, (script, flags) in setup["commands"].items():
-    module = sys.modules[script]
-    args = module.arguments().resolve(flags + setup["common"])
-    kit.init_distributed("cpu")
-    module.main(args)
+    record[stage], before = {"gradients": [], "changed": []}, {}
+    sys.modules[script].main(flags + setup["common"])
+    if before:
+        record[stage]["changed"] = [k for k, v in agent.named_parameters()
+                                    if not torch.equal(before[k], v)]
 if kit.rank() == 0:
     torch.save(record, setup["record"])
 """
@@ -1694,9 +2152,13 @@ class Chain:
         self.runs, self.task = self.root / "tiny", str(folder / "task.jsonl")
         texts = [m["content"] for kind in ("caption", "base", "text")
                  for r in tasks.mini_corpus(kind, 200, 0) for m in r["messages"]]
-        base, *rest = kit.tiny_base(texts, 0, width=64, layers=2, vocab=400)
+        base, *rest = stage1.tiny_base(texts, 0, width=64, layers=2, vocab=400)
         for part in (shake(base, 0.1), *rest):      # noise: else all greedy tokens are one
             part.save_pretrained(self.runs / "base")
+        (self.runs / "base/pretraining").mkdir()
+        (self.runs / "base/pretraining/config.json").write_text(json.dumps(
+            {"args": {}, "identity": {"world": f"mini {tasks.MINI_VERSION}"}, "base": "",
+             "parent": None, "sha256": None}))
         picture().save(folder / "a.png")
         answer = {"role": "assistant", "content": "the a s e o t i n r the a s e o t i n r"}
         write(folder / "task.jsonl", [
@@ -1726,14 +2188,14 @@ class Chain:
         assert done.returncode == status or status is None, done.stdout + done.stderr[-4000:]
         return done.stdout + done.stderr
 
-    def drive(self, root, commands, ranks=1, base=True, status=0, **setup):
+    def drive(self, root, commands, ranks=1, base=True, status=0, common=(), **setup):
         """Run `commands` in one process (or on `ranks`): what DRIVER recorded, or None."""
         if base and not (self.folder / root).exists():
             shutil.copytree(self.runs / "base", self.folder / root / "tiny" / "base")
-        common = [*self.files, "--run-root", root, "--steps", "2", "--lr", "1e-2", "--device",
-                  "cpu", "--save-every", "1", "--idm-layers", "1", "--policy-layers", "1"]
-        commands = {name: (script, flags if script in ("train_projector", "train_idm") else
-                           [*flags, "--task", self.task])
+        common = [*self.files, "--run-root", root, "--steps", "2", "--device", "cpu",
+                  "--idm-layers", "1", "--policy-layers", "1", *common]
+        commands = {name: (script, ["--lr", "1e-2", *flags] + (
+            [] if script in ("train_projector", "train_idm") else ["--task", self.task]))
                     for name, (script, flags) in commands.items()}
         setup |= {"commands": commands, "common": common, "record": f"{root}.pt"}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -1786,17 +2248,21 @@ def test_chain_leaves_only_what_each_stage_trained_and_an_agent(chain):
     assert isinstance(agent.chat("What do you see?", chain.folder / "a.png"), str)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Two large steps for every stage that is run in this process."""
+    for script in (stage1, train_idm, train_bc):
+        for scales in script.DEFAULTS.values():
+            monkeypatch.setitem(scales["tiny"], "steps", 2)
+
+
 @pytest.mark.parametrize("flags,absent", [
     (["--no-text"], {"ce_text", "loss_cycle"}), (["--no-cycle"], {"loss_cycle"}),
     (["--no-projector"], {"loss_paired", "loss_cycle"})])
-def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, monkeypatch, flags,
+def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, quick, flags,
                                                                         absent):
-    def fill(self, args, usual=kit.Parser.fill):
-        args.steps = args.steps or 2
-        return usual(self, args)
-    monkeypatch.setattr(kit.Parser, "fill", fill)
-    train_rl.main(parsed(train_rl, *RL, *flags, *chain.files, "--task", chain.task, "--steps", "1",
-                         "--device", "cpu", "--run-root", str(chain.root)))
+    train_rl.main([*RL, *flags, *chain.files, "--task", chain.task, "--steps", "1", "--device",
+                   "cpu", "--run-root", str(chain.root)])
     tag = flags[0].replace("-", "")
     for row in chain.log(f"idm-{tag}"):
         assert {k for k in ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
@@ -1831,20 +2297,22 @@ def damaged(folder):
         (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
     (folder / "bad-empty.jsonl").write_text("")
     (folder / "bad-latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1") * 3)
-    shutil.copytree(folder / "runs/tiny/sft-task-latent", folder / "runs/tiny/sft-old")
-    config = folder / "runs/tiny/sft-old/config.json"
-    config.write_text(re.sub(r'"task_hash": "\w+"', '"task_hash": "0"', config.read_text()))
     (folder / "other").mkdir()
-    shutil.copy(folder / "task.jsonl", folder / "other")
+    (folder / "other" / "task.jsonl").write_text((folder / "task.jsonl").read_text() + "\n")
     shutil.copytree(folder / "runs/tiny" / MAIN, folder / "runs/tiny/stale")
     config = folder / "runs/tiny/stale/config.json"
-    config.write_text(re.sub(r'"parent_hash": "\w+"', '"parent_hash": "0"', config.read_text()))
+    config.write_text(re.sub(r'"parent_sha256": "\w+"', '"parent_sha256": "0"', config.read_text()))
+    shutil.copytree(folder / "runs/tiny" / MAIN, folder / "runs/tiny/flipped")
+    weights = folder / "runs/tiny/flipped/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 1
+    weights.write_bytes(data)
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    for name, files in (("a", {"log.jsonl": ""}), ("b", {"config.json": "{"})):
-        (folder / "runs/tiny" / f"projector-half{name}").mkdir()
-        for file, text in files.items():
-            (folder / "runs/tiny" / f"projector-half{name}" / file).write_text(text)
+    for name, text in (("half", "{"), ("list", "[]")):
+        (folder / f"runs/tiny/projector-{name}/state").mkdir(parents=True)
+        (folder / f"runs/tiny/projector-{name}/state/last.pt").write_text("")
+        (folder / f"runs/tiny/projector-{name}/config.json").write_text(text)
 
 
 PAIRED = "train_projector --name bad --fresh --steps 9 --no-text --paired"
@@ -1852,54 +2320,59 @@ BAD = [
     ("train_rl --nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("train_rl --algo ppo", "argument --algo: invalid choice: 'ppo'.*choose from"),
     ("train_rl --lr much", "argument --lr: invalid float value"),
-    ("train_idm --codes 0", "--codes 0 is out of range"),
-    ("train_rl --group-size 1", "--group-size 1.*take at least 2"),
-    ("train_rl --prompts 0", "--prompts must be positive"),
+    ("train_rl --lr nan", "argument --lr: nan does not lie in"),
+    ("train_rl --beta -1", "argument --beta: -1 does not lie in"),
+    ("train_rl --clip -3 0.2", "argument --clip: -3 does not lie in"),
+    ("train_rl --temperature -1", "argument --temperature: -1 does not lie in"),
+    ("train_projector --paired-steps -4", "argument --paired-steps: -4 does not lie in"),
+    ("train_idm --codes 0", "argument --codes: 0 does not lie in"),
+    ("train_rl --group-size 1", r"argument --group-size: 1 does not lie in \[2"),
+    ("train_rl --prompts 0", "argument --prompts: 0 does not lie in"),
+    ("eval --samples 0 runs/tiny/idm", "argument --samples: 0 does not lie in"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
     ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
     ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url needs --judge-model"),
-    ("train_rl --judge-url http://h --judge-model m --judge-threads 0 --task task.jsonl --name x",
-     "--judge-threads 0: at least 1"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
-    (f"{PAIRED} absent.jsonl", "absent.jsonl: cannot be read.*check the path"),
+    (f"{PAIRED} absent.jsonl", "No such file.*absent.jsonl.*check the path"),
     (f"{PAIRED} bad-empty.jsonl", "bad-empty.jsonl.*holds no rows"),
-    (f"{PAIRED} bad-latin.jsonl", "bad-latin.jsonl:1: not valid JSON in UTF-8.*fix or remove"),
-    (f"{PAIRED} bad-broken.jsonl", "bad-broken.jsonl:2: not valid JSON.*fix or remove"),
+    (f"{PAIRED} bad-latin.jsonl", "bad-latin.jsonl:1: cannot be read as JSON in UTF-8.*remove"),
+    (f"{PAIRED} bad-broken.jsonl", "bad-broken.jsonl:2: cannot be read as JSON.*fix or remove"),
     (f"{PAIRED} bad-keys.jsonl", "bad-keys.jsonl:2: no `messages`.*see README"),
     (f"{PAIRED} bad-none.jsonl", "bad-none.jsonl:2: `messages` is empty"),
     (f"{PAIRED} bad-roles.jsonl", "bad-roles.jsonl:2: role 'tool' is not system, user"),
-    (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image .*no.png is missing.*--image-root"),
-    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png is truncated.*remove the row"),
-    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png is not a usable.*remove the row"),
-    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl is not a usable image.*remove the"),
+    (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image .*no.png.*No such.*--image-root"),
+    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png cannot be used.*truncated.*remove"),
+    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png cannot be used.*remove the row"),
+    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl cannot be used.*remove the row"),
     (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
-    ("train_bc --task nothing --name bad", "neither a known task"),
+    ("train_bc --task nothing --name bad", "argument --task: nothing is neither mini"),
     ("eval MAIN --task bad-long.jsonl", "bad-long.jsonl:[24]: the prompt has .* shorten"),
     ("eval runs/tiny/nothing", "no finished run there"),
     ("eval runs/tiny/idm", "has no policy; evaluate an sft-"),
     ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
     ("eval runs/tiny/bc", "bc: belongs to no task"),
-    ("eval --rescore a.jsonl b.jsonl", "--rescore takes one predictions.jsonl"),
-    ("train_rl --parent runs/tiny/sft-old --task task.jsonl --name x", "has changed since .*sft-"),
-    ("eval", "name at least one run folder"),
-    ("train_bc --codes 16 --parent runs/tiny/idm --stage bc --name bad", "does not fit this base"),
+    ("eval --rescore a.jsonl b.jsonl", "run folders, .*or --rescore FILE"),
+    ("eval", "run folders, .*or --rescore FILE"),
+    ("train_bc --codes 16 --parent runs/tiny/idm --stage bc --name bad",
+     "idm was trained otherwise .codes: 64 -> 16"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
-    ("train_bc --model qwen --parent runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
+    ("train_bc --model qwen --codes 64 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
+     "--stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad", "run first: python train_bc.py --model qwen --stage bc"),
     ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
     ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
-     "a.png/x.*cannot be made.*--run-root"),
-    ("train_projector --name halfa", "no config.json .half deleted.*--fresh"),
-    ("train_projector --name halfb", "config.json cannot be used.*--fresh"),
-    ("train_rl --task other/task.jsonl", "trained with other data .--task.*or --parent"),
+     "Not a directory.*a.png/x.*check the path"),
+    ("train_projector --name half", "config.json cannot be used.*--fresh"),
+    ("train_projector --name list", "config.json cannot be used.*--fresh"),
+    ("train_rl --task other/task.jsonl", "trained otherwise .task: task.jsonl.*or --parent"),
     ("train_rl --parent runs/tiny/idm --task task.jsonl", "idm has no policy in latent space"),
     ("train_projector --parent runs/tiny/idm --name bad", "--parent: the projectors start from"),
     ("eval runs/tiny/stale", "stale: was trained on an earlier sft-task-latent.*redo this run"),
-    ("train_idm --save-every 0", "--save-every must be at least 1"),
+    ("eval runs/tiny/flipped", "flipped/model.safetensors: is not what its run finished with"),
     ("train_rl --steps 5 --task task.jsonl", "other arguments.*steps: 4 -> 5.*--name.*--fresh"),
 ]
 
@@ -1914,7 +2387,7 @@ def refused(chain, monkeypatch, capfd):
         script = tasks if script == "eval" else sys.modules[script]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
         with pytest.raises(SystemExit) as ended:
-            kit.launch(script.main, script.arguments())
+            kit.launch(script.main)
         said = capfd.readouterr().err
         (line,) = [line for line in said.splitlines() if "error:" in line]
         assert ended.value.code == 2 and "Traceback" not in said
@@ -1947,32 +2420,38 @@ COMMANDS = {
     "token": ("train_bc", [*TOKEN, *CORPUS]),
     **{algo: ("train_rl", ["--algo", algo, *SHORT])
        for algo in ("grpo", "dr_grpo", "dapo", "bnpo", "dapo_released")},
-    "exact": ("train_rl", ["--kl", "exact", "--inner-epochs", "2", "--minibatches", "2",
-                           "--name", "exact", *SHORT]),
-    "grpo-token": ("train_rl", [*TOKEN, *SHORT]),
-    "grpo-some": ("train_rl", ["--name", "some", *SHORT]),      # a third of the judgements fail
-    "grpo-all": ("train_rl", ["--name", "all", *SHORT])}        # all of them do
+    "exact": ("train_rl", ["--kl", "exact", "--inner-epochs", "2", "--name", "exact", *SHORT]),
+    "grpo-token": ("train_rl", [*TOKEN, *SHORT])}
 
 
 @pytest.fixture(scope="session")
-def recorded(chain):
-    return chain.drive("one", COMMANDS)
+def commands():
+    """COMMANDS, and one with a judge of which a third of the judgements fail for good."""
+    server = FakeJudge(tasks.DIMENSIONS, lambda prompt, attempt:
+                       "refusal" if int(1e6 * fake_score(prompt)) % 3 == 1 else None)
+    judge = ["--judge-url", server.url, "--judge-model", "m"]
+    yield {**COMMANDS, "grpo-some": ("train_rl", ["--name", "some", *SHORT, *judge])}
+    server.shutdown()
 
 
-def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, recorded):
+@pytest.fixture(scope="session")
+def recorded(chain, commands):
+    return chain.drive("one", commands)
+
+
+def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, commands, recorded):
     """Rows, prompts and images are shared out unevenly, in micro-batches of one row or group;
     fails if any denominator is local. Each stage starts from the same parents: the last first."""
     shutil.copytree(chain.folder / "one", chain.folder / "two")
-    commands = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in COMMANDS.items()}
-    other = chain.drive("two", dict(reversed(commands.items())), ranks=2, micro=True)
-    for stage in COMMANDS:
-        if stage == "grpo-all":                     # no loss, so no step: nothing but a count
-            continue
-        for a, b in zip(recorded[stage]["gradients"], other[stage]["gradients"], strict=True):
+    again = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in commands.items()}
+    other = chain.drive("two", dict(reversed(again.items())), ranks=2,
+                        common=["--tokens-at-once", "1"])
+    for stage in commands:
+        for a, b in zip(recorded[stage]["gradients"][0], other[stage]["gradients"][0], strict=True):
             assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8, stage
-        assert any(a.any() for a in recorded[stage]["gradients"]), stage
+        assert any(a.any() for a in recorded[stage]["gradients"][0]), stage
     logs = sorted((chain.folder / "one/tiny").glob("*/log.jsonl"))
-    assert len(logs) == len(COMMANDS)
+    assert len(logs) == len(commands)
     for log in logs:
         one, two = (chain.log(log.parent.name, chain.folder / root / "tiny")[0]
                     for root in ("one", "two"))
@@ -1981,23 +2460,34 @@ def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, r
             assert one[key] == pytest.approx(two[key], rel=1e-5, abs=2e-6), (log.parent.name, key)
 
 
+def test_chain_noise_of_the_inverse_dynamics_model_is_keyed_by_the_step(chain, recorded):
+    """The same rows twice, in one batch, and weights that hardly move: only the noise differs.
+    Fails if it is the same in every step."""
+    shutil.copytree(chain.folder / "one/tiny/projector-idm1-policy1",
+                    chain.folder / "noise/tiny/projector-idm1-policy1")
+    shutil.copytree(chain.runs / "base", chain.folder / "noise/tiny/base")
+    got = chain.drive("noise", {"idm": ("train_idm", ["--lr", "1e-12", "--batch-tokens", "9999"])})
+    first, _, second, _ = got["idm"]["gradients"]      # two optimisers, two steps
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (first, second))
+    assert (a - b).norm() > 0.05 * a.norm()
+
+
 def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
-    last, norm = r"layers\.1\.", r"language_model\.norm"
+    last = r"layers\.1\."
     patterns = {"projector": r"projector\.", "idm": r"(projector|idm|codebook|world)\.",
                 "bc": r"policy\.", "clone": r"(policy|world)\.", "token": r"policy\.",
                 "release": rf"backbone\.model\.(visual\.|language_model\.({last}|norm|embed))"}
-    for stage in COMMANDS:
+    for stage in recorded:
         changed = recorded[stage]["changed"]
         pattern = patterns.get(stage, r"policy\.(layers|norm|head)\.")
         assert all(re.match(pattern, name) for name in changed), stage     # fails if SFT trains C
-        assert bool(changed) == (stage != "grpo-all"), stage
+        assert changed, stage
 
 
 def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
-    some, none = (chain.log(f"rl-task-grpo-latent-s0-idm1-policy1-{name}",
-                            chain.folder / "one/tiny") for name in ("some", "all"))
+    some = chain.log("rl-task-grpo-latent-s0-idm1-policy1-some", chain.folder / "one/tiny")
     assert 0 < sum(r["judge_failed"] for r in some) < 24    # fails if a failure counts as 0
-    assert [r["judge_failed"] for r in none] == [12, 12] and none[0]["reward_mean"] == 0
+    assert all(r["reward_mean"] > 0.1 for r in some)        # the judge's lowest is 1 of 10
 
 
 def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
@@ -2005,7 +2495,8 @@ def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
     without the optimisers' state, the data's cursors, the cut of the logs or the atomic rename."""
     commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
                                          "exact", "grpo-token")}
-    whole, rng, kills = chain.drive("whole", commands, base=False), random.Random(3), 0
+    chain.drive("whole", commands, base=False)
+    rng, kills = random.Random(3), 0
     while kills < 6:
         try:
             chain.drive("cut", commands, base=False, status=-9, kill=rng.randint(2, 55))
@@ -2027,10 +2518,8 @@ def test_chain_token_space_and_its_evaluation(chain):
     token = chain.runs / "rl-task-dapo-token-s0"
     assert {k.split(".")[0] for k in chain.weights(token.name)} == {"policy"}
     said = chain.run("eval.py", str(chain.runs / MAIN), str(token), "--prompts", "1",
-                     "--samples", "3", "--report", "page.html")
-    page = (chain.folder / "page.html").read_text()
+                     "--samples", "3")
     assert "best_of_3" in said and "reward, mean over seeds" in said
-    assert "<table>" in page and "http" not in page                     # self-contained
     summary = json.loads((token / "summary.json").read_text())
     rows = [json.loads(r) for r in (token / "predictions.jsonl").read_text().splitlines()]
     assert [len(r["answers"]) for r in rows] == [1, 3, 1, 3]            # id, ood x greedy, sampled
@@ -2049,12 +2538,12 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
         return "500" if draw.random() < 0.25 else draw.choice(FAULTS) if attempt < 2 and \
             draw.random() < 0.3 else None
     server = FakeJudge(tasks.DIMENSIONS, fault)
-    for name, value in (("PAUSE", 0.01), ("TIMEOUT", 3.0)):
-        monkeypatch.setattr(tasks.Endpoint, name, value)
+    for name, value in (("pause", 0.01), ("timeout", 3.0)):
+        monkeypatch.setitem(tasks.JUDGE, name, value)
     monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
-    train_rl.main(parsed(
-        train_rl, "--task", chain.task, "--run-root", str(chain.root), "--name", "judge", *RL,
-        "--judge-url", server.url, "--judge-model", "m", "--steps", "3", "--device", "cpu"))
+    train_rl.main(["--task", chain.task, "--run-root", str(chain.root), "--name", "judge", *RL,
+                   "--judge-url", server.url, "--judge-model", "m", "--steps", "3", "--device",
+                   "cpu"])
     server.shutdown()
     log, files = chain.log(f"{MAIN}-judge"), [f for f in chain.root.rglob("*") if f.is_file()]
     assert 0 < sum(r["judge_failed"] for r in log) < 24
@@ -2075,8 +2564,8 @@ def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
         "train_projector.py", "train_idm.py", "train_bc.py", "train_bc.py", "train_rl.py"]
     for command in todo[::-1]:
         script, *flags = shlex.split(command)
-        assert "finished in" in chain.run(script, *flags, *(RL if "rl" in script else []),
-                                          quick=True)
+        assert "finished in" in chain.run(script, *flags, "--steps", "2",
+                                          *(RL if "rl" in script else []))
     run = chain.root / "qwen" / "rl-task-grpo-latent-s1-codes16-idm1-policy1"
     config = json.loads((run / "config.json").read_text())
     assert config["args"]["paired"] == chain.files[1:3] and config["args"]["codes"] == 16
@@ -2103,7 +2592,7 @@ G, NEW, IMAGE_TOKENS, PROMPT = 8, 64, 150, 256
 def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
     """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
     width, layers, heads, kv_heads, mlp, own_vocab, depth, vision = SHAPES[shape]
-    _, tokenizer, processor = kit.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
+    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
     half = width // heads // 2
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
@@ -2238,12 +2727,9 @@ def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=12
 
     def prefill():
         with torch.no_grad():
-            batch, cache = latent.encoder.collate([prompt]).to(device), kit.KVCache(len(prompt))
-            states = latent.project(latent.embeddings(batch, cache), batch.has_image)
-            policy_cache = kit.KVCache(states.shape[1])
-            latent.policy.hidden(states, kit.text_positions(states), policy_cache)
-            cache.expand(group, new)
-            policy_cache.expand(group, new)
+            prefix = kit.prefill(latent, latent.encoder.collate([prompt]).to(device))
+            prefix.cache.expand(group, new)
+            prefix.policy_cache.expand(group, new)
 
     full, reference = copy.deepcopy(latent.backbone), latent.backbone
     full.requires_grad_(True)
@@ -2277,55 +2763,34 @@ def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=12
     return parts, len(prompt)
 
 
-def idm_step(shape, device, padded=False):
-    """One joint IDM step on 4 + 4 rows of ~300 tokens; `padded` computes it over 2048 positions
-    with the logits of every one of them, as the release does."""
+def idm_step(shape, device):
+    """One joint step of the inverse dynamics model on 4 + 4 rows of ~300 tokens."""
     agent = benchmark_agent(shape, device)
     rows = [{**benchmark_row(agent, 300 - 7 * n, image=n < 4), "id": str(n)} for n in range(8)]
     batch = agent.encoder.collate([agent.encoder.encode(r) for r in rows]).to(device)
     agent.train_only("projector", "idm", "codebook", "world")
-    if padded:
-        wide = 2048 - batch.ids.shape[1]
-        pad = functools.partial(F.pad, pad=(0, wide))
-        batch = kit.Batch(batch.row_ids, pad(batch.ids), pad(batch.positions), batch.lengths,
-                          batch.pixels, batch.grids, F.pad(batch.text_index, (0, 2048 -
-                          batch.tokens.shape[1])), *(F.pad(x, (0, 2048 - x.shape[1])) if x.dim() > 1
-                          else x for x in (batch.tokens, batch.text_lengths, batch.targets,
-                                           batch.seen_image, batch.has_image)))
     noise = torch.zeros(*batch.tokens.shape, 128, device=device)
 
     def step():
         with torch.no_grad():
             e = agent.embeddings(batch)
             states = agent.project(e, batch.has_image)
-        if padded:
-            with agent.autocast():
-                logits = agent.idm_logits(states).float()
-                choice = train_idm.straight_through(logits, noise[:, 1:])
-                x = agent.world(states[:, :-1], choice @ agent.codebook.weight)
-                every = agent.backbone.lm_head(x.to(states.dtype)).float().transpose(1, 2)
-            labels = batch.tokens[:, 1:].masked_fill(~batch.targets[:, :-1], -100)
-            loss = F.cross_entropy(every, labels) + train_idm.negative_entropy(logits).mean()
-            loss = loss + stage1.projector_losses(agent, batch, e, cycle=True).sum() * 1e-3
-        else:
-            ce, neg_entropy, _ = train_idm.inverse_losses(agent, batch, states, noise)
-            loss = ce.mean() + neg_entropy.mean() + 1e-3 * stage1.projector_losses(
-                agent, batch, e, cycle=True).sum()
-        loss.backward()
+        ce, neg_entropy, _ = train_idm.inverse_losses(agent, batch, states, noise)
+        projected = stage1.projector_losses(agent, batch, e, cycle=True)
+        (ce.mean() + neg_entropy.mean() + 1e-3 * sum(projected.values())).backward()
         agent.zero_grad(set_to_none=True)
-    return step
+    return step, int(batch.lengths.sum())
 
 
 def benchmark(shape="medium", device="cpu", part=None):
     """Print medians, ratios to what a user would otherwise run, and how cost grows."""
     torch.set_num_threads(1)
-    if part:                                        # one measurement of memory, in its own process
-        idm_step(shape, device, part == "padded")()
+    if part:                                        # a measurement of memory, in its own process
+        idm_step(shape, device)[0]()
         return print(kit.peak_memory())
-    memory = {name: int(subprocess.run(             # first: a child's peak starts at its parent's
-        [sys.executable, __file__, "--benchmark", shape, "--device", device, "--part", p],
+    memory = int(subprocess.run(                    # first: a child's peak starts at its parent's
+        [sys.executable, __file__, "--benchmark", shape, "--device", device, "--part"],
         env=ENV, capture_output=True, text=True, check=True).stdout) / 1e9
-        for name, p in (("ours", "short"), ("padded to 2048", "padded"))}
     rounds = 3 if device == "cpu" else 9
     parts, n = rl_functions(shape, device)
     fields = ("width", "layers", "heads", "kv heads", "MLP", "vocabulary", "vision layers",
@@ -2351,13 +2816,13 @@ def benchmark(shape="medium", device="cpu", part=None):
                 peaks.setdefault(name, {})[space] = kit.peak_memory() / 1e9
         print(kit.format_table("peak memory (GB), all of the table's models loaded", peaks), "\n")
     del parts
-    steps = {"ours": idm_step(shape, device), "padded to 2048": idm_step(shape, device, True)}
-    median = timed(steps, 1 if device == "cpu" else rounds, device)
-    print(kit.format_table("IDM step, 8 rows of ~300 tokens", {
-        name: {"seconds": median[name], "ratio": median[name] / median["padded to 2048"],
-               "peak memory (GB)": memory[name]} for name in steps}), "\n")
+    step, idm_tokens = idm_step(shape, device)
+    seconds = timed({"step": step}, rounds, device)["step"]
+    print(kit.format_table("IDM step, 8 rows", {"ours": {
+        "tokens": idm_tokens, "seconds": seconds, "tokens/s": idm_tokens / seconds,
+        "peak memory (GB)": memory}}), "\n")
     print(kit.format_table("against this machine's limits", utilisation(
-        shape, device, medians["rollout"]["latent"], median["ours"], 8 * 300)), "\n")
+        shape, device, medians["rollout"]["latent"], seconds, idm_tokens)), "\n")
     grows = {}
     for change in ({}, {"group": 16}, {"prompt_tokens": 512}, {"new": 128}, {"codes": 512},
                    {"vocab": 4 * SHAPES[shape][5]}):
@@ -2373,9 +2838,9 @@ def benchmark(shape="medium", device="cpu", part=None):
 
 
 if __name__ == "__main__":
-    parser = kit.Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES, required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--part", choices=("short", "padded"), help="used by the benchmark itself")
+    parser.add_argument("--part", action="store_true", help="used by the benchmark itself")
     given = parser.parse_args()
     benchmark(given.benchmark, given.device, given.part)

@@ -9,7 +9,7 @@ current state and that code, so the code has to carry what the state leaves open
 
 L_inverse trains IDM, codebook and merge. P and P' go on training beside it with their own
 optimiser and losses (train_projector.py); states enter L_inverse detached, so it never reaches P.
-Deviations: README, rows 8 to 10.
+Deviations: README, rows 3, 10 and 11.
 
     python train_idm.py                                                  # CPU, embedded default
     python train_idm.py --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text t.jsonl

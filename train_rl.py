@@ -10,7 +10,7 @@ GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS, by their own pap
 `*_released` are what the release ran under these names. Every entry is a flag, so an ablation is a
 flag and a new algorithm is a row. Advantages use the full group; answers whose judging failed are
 masked out of statistics, loss and denominators alike, never scored as 0. Deviations: README, rows
-14 to 18.
+4 and 14 to 20.
 
     torchrun train_rl.py --algo dapo                      # CPU or one GPU, embedded default
     torchrun train_rl.py --algo grpo --action-space token # the token-level baseline
@@ -28,8 +28,9 @@ from pathlib import Path
 import eval as tasks
 import train_bc
 from model import (Agent, Rollout, Run, UserError, action_statistics, all_sum, count, fill,
-                   folder_of, gather, key_seed, launch, make_parser, optimizer_step, positive,
-                   predecessor, rank, replay, rollout, say, split_prompts, within, world_size)
+                   folder_of, format_table, gather, key_seed, launch, make_parser, optimizer_step,
+                   positive, predecessor, rank, replay, rollout, say, split_prompts, within,
+                   world_size)
 
 import torch
 from torch import Tensor
@@ -71,6 +72,8 @@ RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
+    parser.epilog += "\n\n" + format_table("--algo", {name: vars(row) for name, row in
+                                                     ALGORITHMS.items()})
     tasks.task_flags(parser)
     add = parser.add_argument_group("algorithm: a row of ALGORITHMS, and what replaces its entries"
                                     ).add_argument
@@ -392,7 +395,8 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
         return torch.stack([group[name] for group in groups.values()]).double()
     rewards, texts = every("rewards"), [group["texts"] for group in groups.values()]
     judged = rewards[~rewards.isnan()]
-    return {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
+    deviation = judged.std(correction=0).item() if len(judged) else math.nan
+    return {"reward_mean": judged.mean().item(), "reward_std": deviation,
             "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
             "groups_played": len(groups), "judge_failed": rewards.numel() - len(judged),
             "length": every("lengths").mean().item(),

@@ -30,6 +30,7 @@ import os
 import random
 import re
 import time
+import unicodedata
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
@@ -68,11 +69,10 @@ class Task:
     splits: dict[str, list[dict]]          # SPLITS -> rows
     judge: Callable[[list[dict], list[str]], list[str | None]]  # rows, answers -> replies
     max_new_tokens: int
-    lowest: float = 1.0                    # the judge's scale is lowest..10
 
     def scores(self, reply: str | None) -> dict[str, tuple[float, float]] | None:
         """One raw reply -> dimension -> (answer's score, reference's); None if judging failed."""
-        return None if reply is None else parse_reply(reply, self.dimensions, self.lowest)
+        return None if reply is None else parse_reply(reply, self.dimensions)
 
     def reward(self, reply: str | None) -> float | None:
         """Sum of the answer's scores / sum of the reference's; None if judging failed."""
@@ -83,27 +83,34 @@ class Task:
         return answer / reference
 
 
-def parse_reply(reply: str, dimensions, lowest: float = 1.0):
+SCORES = re.compile(r"\[\s*scores?\s*\][\s*:]*\(?\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\)?"
+                    r"[^\w\n]*$", re.I | re.M)
+
+
+def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None:
     """Dimension -> (answer's score, reference's), or None for a malformed reply: it is never
-    guessed at. Each dimension needs exactly one line that starts with its name (a list marker or
-    bold type may surround it) and ends with `[Scores]: (a, b)`, both in lowest..10. Lines without
-    scores are ignored, and any other line with scores makes the reply malformed; so what a line
-    quotes from the answer never counts."""
-    names, number = "|".join(map(re.escape, dimensions)), r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
-    line_format = re.compile(rf"[\s*#\-.)0-9]*({names})[\s*]*:.*\[Scores\][\s*:]*"
-                             rf"\({number},{number}\)[\s.*]*")
-    scores = {}
-    for line in reply.splitlines():
-        if "[Scores]" not in line:
-            continue
-        match = line_format.fullmatch(line)
-        if match is None or match[1] in scores:
-            return None
-        answer, reference = float(match[2]), float(match[3])
-        if not (lowest <= answer <= 10 and lowest <= reference <= 10 and reference > 0):
-            return None
-        scores[match[1]] = answer, reference
-    return scores if len(scores) == len(dimensions) else None
+    guessed at.
+
+    A block runs from a dimension's name that begins a line (any case; list marks and bold type may
+    surround it) to the next. It holds exactly one `[Scores]`, followed by two numbers that end
+    their line: the answer's from 0, the reference's above 0, both to 10. Full-width forms count as
+    plain ones; closed <think> parts that stand first are skipped. What a block quotes from the
+    answer never counts: a second mark or a name told twice makes the reply malformed."""
+    text = re.sub(r"\A(\s*<think>.*?</think>)+", "", reply, flags=re.S)
+    text = unicodedata.normalize("NFKC", text)
+    names = {name.lower(): name for name in dimensions}
+    found = list(re.finditer(rf"^(?:[^\w\n]|[\d_])*({'|'.join(map(re.escape, dimensions))})"
+                             r"[^\w\n:]*(?::|$)", text, re.I | re.M))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    scores = {names[match[1].lower()]: SCORES.search(text, match.end(), end)
+              for match, end in zip(found, ends)}
+    marks = len(re.findall(r"\[\s*scores?\s*\]", text, re.I))
+    if "<think>" in text or not len(found) == len(scores) == len(dimensions) == marks \
+            or None in scores.values():
+        return None
+    scores = {name: (float(match[1]), float(match[2])) for name, match in scores.items()}
+    valid = all(answer <= 10 and 0 < reference <= 10 for answer, reference in scores.values())
+    return {name: scores[name] for name in dimensions} if valid else None
 
 
 def task_name(text: str) -> str:
@@ -128,7 +135,8 @@ def task_flags(parser: argparse.ArgumentParser):
 def identity(args, *kinds: str) -> dict:
     """What a run must share with those that start from it: structure, ablations, and the data of
     `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
-    found = {name: getattr(args, name) for name in (*STRUCTURE["tiny"], *ABLATIONS)}
+    found = {name: getattr(args, name)
+             for name in (*STRUCTURE["tiny"], *ABLATIONS, "image_tokens")}
     mini = f"mini {MINI_VERSION}"
     for kind in kinds:
         files = getattr(args, kind)
@@ -164,13 +172,11 @@ def load_task(args) -> Task:
                             f"published form ({error!r}); see README, Real tasks") from None
     else:
         task = file_task(args.task, args.image_root)
-    if args.judge_model and not args.judge_url:
-        raise UserError("--judge-model needs --judge-url, the address that serves it")
-    if args.judge_url:
-        task.judge, task.bounds = Endpoint(args, task.dimensions), BOUNDS
-    elif task.name != "mini":
+    if args.judge_url or args.judge_model:
+        task.judge, task.bounds = endpoint_judge(args, task.dimensions), BOUNDS
+    elif task.judge is judge_by_overlap:
         say(f"judge of {task.name}: word overlap with the reference (no --judge-url)")
-        task.dimensions, task.bounds, task.lowest = ("Reference Overlap",), (0.0, 1.0), 0.0
+        task.dimensions, task.bounds = ("Reference Overlap",), (0.0, 1.0)
     return task
 
 
@@ -600,22 +606,28 @@ def file_task(file: str, image_root=None) -> Task:
     MMRole: sft 0-45 %, valid 45-50 %, rl 50-90 %, id 90-100 %. Rows may name the `dimensions`
     that an LLM judge scores, all the same ones; the default is MMRole's eight."""
     splits, unassigned, dimensions = {split: [] for split in SPLITS}, [], None
-    for row, _ in read_rows([file], image_root):
-        if row["messages"][-1]["role"] != "assistant":
+    for row, _ in read_rows(file, image_root):
+        if isinstance(row, UserError):
+            raise row
+        *asked, last = row["messages"]
+        if last["role"] != "assistant" or "<image>" in last["content"] \
+                or "user" not in [m["role"] for m in asked]:
             raise UserError(f"{row['where']}: the last message must be the assistant's, which "
-                            "serves as demonstration and reference")
+                            "serves as demonstration and reference, without an image, after a "
+                            "user's")
         row["reference"] = row["messages"][-1]["content"]
-        named = tuple(row.get("dimensions", dimensions or DIMENSIONS))
-        if named != (dimensions or named) or not all(isinstance(d, str) for d in named):
+        named = row.get("dimensions", list(dimensions or DIMENSIONS))
+        if not isinstance(named, list) or not all(isinstance(d, str) for d in named) \
+                or not named or tuple(named) != (dimensions or tuple(named)):
             raise UserError(f"{row['where']}: `dimensions` must be the same list of names in all "
                             "rows; make a file of its own for other ones")
-        dimensions = named
+        dimensions = tuple(named)
         if row.get("split") is None:
             unassigned.append(row)
-        elif row["split"] in splits:
+        elif row["split"] in SPLITS:
             splits[row["split"]].append(row)
         else:
-            raise UserError(f"{row['where']}: split {row['split']!r} is not one of "
+            raise UserError(f"{row['where']}: split {row['split']!r:.50} is not one of "
                             + ", ".join(SPLITS))
     random.Random(42).shuffle(unassigned)
     for split, part in cut(unassigned, sft=45, valid=50, rl=90, id=100).items():
@@ -632,7 +644,7 @@ def cut(rows: list, **ends) -> dict[str, list]:
 
 # ---- MMRole and PCogAlignBench in their published layouts ----
 
-BOUNDS = (0.1, 10.0)                       # answer's scores 1..10 over reference's 1..10
+BOUNDS = (0.0, 2.0)                        # where a ratio against a reference lives; clipped there
 PCOG_DIMENSIONS = ("Role-Set Sensitivity", "Body Behavior Awareness", "Mind Feelings Awareness",
                    "Contextual Awareness", "Conversational Flow")
 
@@ -675,34 +687,38 @@ def split_rows(sft, rl, tests: dict[str, list]) -> dict[str, list[dict]]:
                              for name, rows in parts.items()}}
 
 
-def mmrole_dialogues(root: Path, files: list[Path], profiles: dict[str, str]) -> list[dict]:
-    """Rows with a picture, a character's profile and at least one answer, in the files' order."""
+def mmrole_dialogues(root: Path, part: str) -> list[dict]:
+    """Rows with a picture, a character's detailed profile and at least one answer, by file name."""
     rows, missing = [], {"no picture": [], "no profile": [], "no answer": []}
+    folder, profiles = root / "dialogues" / part, root / "profiles" / part / "detailed_profiles"
+    files = sorted((folder / "comment").glob("*.json")) or [folder / "comment.json"]
     raws = [raw for file in files for raw in read_json(file)]
     for raw in raws:
         spoken = [(turn.get("role", turn.get("from")), turn["value"])
                   for turn in raw["conversations"]]
         role = next((who for who, _ in spoken if who != "human"), None)
-        image = root / "images" / raw["image"]
-        reason = ("no answer" if role is None else "no profile" if role not in profiles else
-                  "no picture" if not image.exists() else None)
-        if reason:
-            missing[reason].append({"no picture": raw["image"], "no profile": str(role)}.get(
-                reason, raw["id"]))
-            continue
-        about = "; ".join(filter(None, (raw.get(k) for k in ("role_info", "place_info",
-                                                            "scene_info"))))
-        system = (f"Play the character {role} in a conversation about a picture. Speak as {role} "
-                  "would, in tone, words and knowledge, and say nothing outside the role.\n\n"
-                  f"{profiles[role]}" + (f"\n\nAbout the picture: {about}" if about else ""))
-        messages = [{"role": "user" if who == "human" else "assistant", "content": text}
-                    for who, text in spoken]
-        while messages[-1]["role"] == "user":
-            messages.pop()
-        messages[0]["content"] = "<image>" + messages[0]["content"]
-        rows.append({"id": raw["id"], "images": [str(image)], "persona": role,
-                     "messages": [{"role": "system", "content": system}, *messages]})
-    leave_out(f"mmrole ({files[0].parent.name})", len(raws), missing)
+        image, profile = root / "images" / raw["image"], profiles / f"{role}.json".replace(" ", "_")
+        for what, there, name in (("no answer", role, raw["id"]),
+                                  ("no profile", profile.exists(), role),
+                                  ("no picture", image.exists(), raw["image"])):
+            if not there:
+                missing[what].append(name)
+                break
+        else:
+            about = "; ".join(filter(None, (raw.get(k) for k in ("role_info", "place_info",
+                                                                "scene_info"))))
+            told = "\n".join(f"{key}: {text}" for key, text in read_json(profile).items())
+            system = (f"Play the character {role} in a conversation about a picture. Speak as "
+                      f"{role} would, in tone, words and knowledge, and say nothing outside the "
+                      f"role.\n\n{told}" + (f"\n\nAbout the picture: {about}" if about else ""))
+            messages = [{"role": "user" if who == "human" else "assistant", "content": text}
+                        for who, text in spoken]
+            while messages[-1]["role"] == "user":
+                messages.pop()
+            messages[0]["content"] = "<image>" + messages[0]["content"]
+            rows.append({"id": raw["id"], "images": [str(image)], "persona": role,
+                         "messages": [{"role": "system", "content": system}, *messages]})
+    leave_out(f"mmrole ({part})", len(raws), missing)
     return rows
 
 
@@ -710,56 +726,87 @@ def mmrole_task(root: Path) -> Task:
     """The `comment` dialogues: seed-42 shuffle, SFT 0-50 %, RL 50-90 %, in-distribution test
     90-100 %, out-of-distribution test = its own file (other characters). The release shuffled
     files in the order the file system gave them, so its exact split cannot be had: by name here."""
-    parts = {}
-    for part in ("in-distribution", "out-of-distribution"):
-        folder = root / "dialogues" / part
-        files = sorted((folder / "comment").glob("*.json")) or [folder / "comment.json"]
-        parts[part] = mmrole_dialogues(root, files,
-                                       read_json(root / "profiles" / part / "profiles.json"))
-    rows = parts["in-distribution"]
+    rows = mmrole_dialogues(root, "in-distribution")
     random.Random(42).shuffle(rows)
     rows = cut(rows, sft=50, rl=90, id=100)
-    splits = split_rows(rows["sft"], rows["rl"], {"id": rows["id"],
-                                                 "ood": parts["out-of-distribution"]})
+    splits = split_rows(rows["sft"], rows["rl"], {
+        "id": rows["id"], "ood": mmrole_dialogues(root, "out-of-distribution")})
     return Task("mmrole", DIMENSIONS, BOUNDS, splits, judge_by_overlap, max_new_tokens=1024)
 
 
+def roles_of(raw: dict) -> str:
+    return "; ".join(f"{role} at {place}" for place, role in raw["individual_RoleSet"].items())
+
+
 def pcogalign_task(root: Path) -> Task:
-    """Location set 1 (HCMAS): SFT 0-50 %, RL 50-70 % of its training file after a seed-42
-    shuffle, its test file in distribution; location set 2 (HCSHR) is the other test."""
+    """Location set 1 (HCMAS): SFT 0-50 %, RL 50-70 % of its golden-train file, in-distribution
+    test its golden-test; location set 2's golden-test (HCSHR) is the other test. The published
+    files have no reference answers: `make_references` makes the golden files."""
     parts = {}
-    for part in ("HCMAS-train", "HCMAS-test", "HCSHR-test"):
-        raws, rows, missing = read_json(root / f"{part}.json"), [], {"no picture": [],
-                                                                     "no answer": []}
+    for part in ("HCMAS-golden-train", "HCMAS-golden-test", "HCSHR-golden-test"):
+        if not (root / f"{part}.json").exists():
+            raise UserError(f"{root / part}.json is missing: the published files have no reference "
+                            "answers; make them once with python eval.py --make-references "
+                            f"{root} --judge-url URL --judge-model NAME")
+        raws, rows, missing = read_json(root / f"{part}.json"), [], {"no picture": []}
         for n, raw in enumerate(raws):
-            image = root / raw["image"]["file_path"]
-            reference, info = raw.get("golden_response"), raw.get("eval_info", {})
-            if not image.exists() or not reference:
-                missing["no picture" if reference else "no answer"].append(
-                    raw["image"]["file_path"] if reference else f"{part} {n}")
+            image, info = root / raw["image"]["file_path"], raw.get("eval_info", {})
+            if not image.exists():
+                missing["no picture"].append(raw["image"]["file_path"])
                 continue
-            roles = "; ".join(f"{role} at {place}"
-                              for place, role in raw["individual_RoleSet"].items())
             rows.append({
-                "id": f"{part}-{n}", "images": [str(image)], "persona": roles,
+                "id": f"{part}-{n}", "images": [str(image)], "persona": roles_of(raw),
                 "messages": [{"role": "system", "content":
                               "Assist one person, who sends a picture of what they see now and a "
-                              f"question. Their roles in life: {roles}. Answer for the role they "
-                              "are in, so that they know what to do and feel better."},
+                              f"question. Their roles in life: {roles_of(raw)}. Answer for the "
+                              "role they are in, so that they know what to do and feel better."},
                              {"role": "user", "content": "<image>" + raw["query"]},
-                             {"role": "assistant", "content": reference}],
+                             {"role": "assistant", "content": raw["golden_response"]}],
                 # What the judge is told of the scene and of the person's needs.
                 "judge_notes": "\n".join(f"{k}: {info[v]}" for k, v in (
                     ("The picture", "ImageDesc"), ("The place", "location"),
                     ("What would help this person", "EvalHelp")) if info.get(v))})
         leave_out(f"pcogalign ({part})", len(raws), missing)
         parts[part] = rows
-    train = parts["HCMAS-train"]
-    random.Random(42).shuffle(train)
-    train = cut(train, sft=50, rl=70)
-    splits = split_rows(train["sft"], train["rl"], {"id": parts["HCMAS-test"],
-                                                    "ood": parts["HCSHR-test"]})
+    train = cut(parts["HCMAS-golden-train"], sft=50, rl=70)
+    splits = split_rows(train["sft"], train["rl"], {"id": parts["HCMAS-golden-test"],
+                                                    "ood": parts["HCSHR-golden-test"]})
     return Task("pcogalign", PCOG_DIMENSIONS, BOUNDS, splits, judge_by_overlap, max_new_tokens=512)
+
+
+REFERENCE_PROMPT = """\
+Somebody sends a picture of what they see now and a question. Write the answer that would help them
+most: natural spoken English, warm and practical, about this scene and for the role they are in.
+
+Their roles in life: {roles}
+The picture: {picture}
+What would help this person: {help}
+The question: {question}
+
+Write the answer alone, without a heading or a preface.
+"""
+
+
+def make_references(args):
+    """PCogAlignBench's golden files from its published ones, as the release made them: an LLM's
+    answers at temperature 0 to all of HCMAS-test.json and of HCSHR-test.json, each shuffled with
+    seed 42 and cut 80/20 into golden-train and golden-test. The same command goes on where one
+    was interrupted."""
+    root, endpoint = Path(args.make_references), Endpoint(args)
+    for name in ("HCMAS", "HCSHR"):
+        rows = read_json(root / f"{name}-test.json")
+        prompts = [REFERENCE_PROMPT.format(
+            roles=roles_of(row), question=row["query"], picture=row["eval_info"]["ImageDesc"],
+            help=row["eval_info"]["EvalHelp"]) for row in rows]
+        answers = endpoint.complete(prompts, lambda answer: bool(answer.strip()))
+        made = [{**row, "golden_response": answer.strip()}
+                for row, answer in zip(rows, answers) if answer and answer.strip()]
+        random.Random(42).shuffle(made)
+        n = int(0.8 * len(made))
+        for part, some in (("train", made[:n]), ("test", made[n:])):
+            text = json.dumps(some, ensure_ascii=False, indent=1)
+            atomic(root / f"{name}-golden-{part}.json", lambda path: path.write_text(text))
+        say(f"{root}: {len(made)} of {len(rows)} references made for {name}")
 
 
 # ---- Judges of open answers: an LLM behind an endpoint, or word overlap ----
@@ -822,38 +869,30 @@ JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
 
 
 class Endpoint:
-    """An LLM judge behind an OpenAI-compatible endpoint: `Task.judge`.
+    """An OpenAI-compatible server: calls in threads, retried, cached, counted.
 
-    Calls run in a thread pool, with a time-out each; rate limits, server errors, dropped
-    connections and malformed replies are tried again with growing pauses. A call that fails for
-    good gives its last malformed reply or None: no score, left out and counted. Well-formed
-    replies are kept in judge-cache/ under the run root, so that no call is paid for twice.
-    The key comes from $JUDGE_API_KEY and is never logged or stored.
+    Every call has a time-out; rate limits, server errors and dropped connections are tried again
+    with growing pauses, an unusable reply is sent back with what is wrong with it. Usable replies
+    are kept in judge-cache/ under the run root, so that no call is paid for twice. The key comes
+    from $JUDGE_API_KEY and is never logged or stored.
     """
 
-    def __init__(self, args, dimensions):
+    def __init__(self, args):
         from huggingface_hub import InferenceClient, constants
+        if not args.judge_url or not args.judge_model:
+            raise UserError("--judge-url and --judge-model go together: the server's address and "
+                            "the name it serves the model under")
         place = urlsplit(args.judge_url)
         if place.scheme not in ("http", "https") or place.password or place.query:
             raise UserError("--judge-url takes a plain http(s) address; a key belongs in the "
                             "environment variable JUDGE_API_KEY")
-        if not args.judge_model:
-            raise UserError("--judge-url needs --judge-model, the model's name at that endpoint")
         if constants.HF_HUB_OFFLINE:
             raise UserError("HF_HUB_OFFLINE is set, and with it the judge's client refuses to call "
                             "any address: unset it (a --model folder needs no hub)")
-        self.template = JUDGE_PROMPT
-        if args.judge_prompt:
-            self.template = Path(args.judge_prompt).read_text(encoding="utf-8", errors="replace")
-            for field in ("{answer}", "{reference}", "{dimensions}"):
-                if field not in self.template:
-                    raise UserError(f"--judge-prompt {args.judge_prompt}: lacks {field}")
         # Always an explicit key: without one the client would send the user's own hub token.
         self.client = InferenceClient(base_url=args.judge_url, timeout=JUDGE["timeout"],
                                       api_key=os.environ.get("JUDGE_API_KEY") or "none")
-        self.url, self.model, self.dimensions = args.judge_url, args.judge_model, dimensions
-        self.pool = ThreadPoolExecutor(JUDGE["threads"])
-        self.cache = {}
+        self.url, self.model, self.cache = args.judge_url, args.judge_model, {}
         folder = Path(args.run_root) / "judge-cache"
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.jsonl"):
@@ -864,21 +903,10 @@ class Endpoint:
                     continue               # the line that a killed run was writing
         self.file = folder / f"rank{rank()}.jsonl"
 
-    def prompt(self, row: dict, answer: str) -> str:
-        """The judge's prompt, filled in one pass: braces in an answer stay what they are."""
-        said = [m for m in row["messages"][:-1] if m["role"] != "system"]
-        values = {
-            "system": "\n".join(m["content"] for m in row["messages"] if m["role"] == "system"),
-            "notes": row.get("judge_notes", ""), "answer": answer, "reference": row["reference"],
-            "conversation": "\n".join(f"{m['role']}: {m['content'].replace('<image>', '')}"
-                                      for m in said),
-            "dimensions": "\n".join(f"- {d}: {MEANING.get(d, 'as the name says')}"
-                                    for d in self.dimensions),
-            "form": f"{self.dimensions[0]}: ... [Scores]: (a, b)"}
-        return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), self.template)
-
-    def __call__(self, rows: list[dict], answers: list[str]) -> list[str | None]:
-        prompts = [self.prompt(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    def complete(self, prompts: list[str], usable, complaint: str = "Your reply is empty."
+                 ) -> list[str | None]:
+        """One reply a prompt: usable, or after all tries the last unusable one, or None. Raises
+        `UserError` if the server gives nothing usable, as `dead` has it."""
         keys = [hashlib.sha256(json.dumps([self.model, JUDGE_REQUEST, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
@@ -887,12 +915,13 @@ class Endpoint:
         def dead():                        # never gave a usable reply, or now gives none at all
             return not any(key in self.cache for key in keys) and (
                 not self.cache or set(replies.values()) == {None})
+        pool = ThreadPoolExecutor(JUDGE["threads"])
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:
-            calls = self.pool.map(self.ask, new.values())
+            calls = pool.map(lambda prompt: self.ask(prompt, usable, complaint), new.values())
             for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
                 replies[key], tokens, reason = reply, tokens + used, error or reason
-                if reply is not None and parse_reply(reply, self.dimensions):
+                if reply is not None and usable(reply):
                     self.cache[key] = reply
                     cache.write(json.dumps([key, reply]) + "\n")
                     cache.flush()
@@ -900,29 +929,30 @@ class Endpoint:
                 bar.set_postfix_str(f"{tokens} tokens")
                 if n == JUDGE["threads"] and dead():
                     break                  # do not try them all
+        pool.shutdown(wait=False, cancel_futures=True)
         if new and dead():
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            raise UserError(f"--judge-url {self.url}: no usable judgement in {n} calls ({reason}); "
-                            f"see that the server runs and serves {self.model}, then run the same "
+            raise UserError(f"--judge-url {self.url}: no usable reply in {n} calls ({reason}); see "
+                            f"that the server runs and serves {self.model}, then run the same "
                             "command again")
         return [self.cache.get(key, replies.get(key)) for key in keys]
 
-    def ask(self, prompt: str) -> tuple[str | None, int, str | None]:
+    def ask(self, prompt: str, usable, complaint: str) -> tuple[str | None, int, str | None]:
         """(reply or None, tokens used, why it failed or None) of one prompt, after retries."""
         from huggingface_hub.errors import HfHubHTTPError
-        reply, tokens, reason = None, 0, None
+        first = {"role": "user", "content": prompt}
+        messages, reply, tokens, reason = [first], None, 0, None
         for attempt in range(JUDGE["attempts"]):
             pause = min(JUDGE["longest_pause"], JUDGE["pause"] * 2 ** attempt)
             try:
-                out = self.client.chat_completion([{"role": "user", "content": prompt}],
-                                                  model=self.model, seed=attempt, **JUDGE_REQUEST)
+                out = self.client.chat_completion(messages, model=self.model, **JUDGE_REQUEST)
                 reply = out.choices[0].message.content or ""
-                reply = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.S)
                 tokens += getattr(out.usage, "total_tokens", None) or 0
-                if parse_reply(reply, self.dimensions):
+                if usable(reply):
                     return reply, tokens, None
-                reason = "malformed replies"
-                continue                   # at once, with another seed
+                reason = f"malformed, one begins {reply[:60]!r}"
+                messages = [first, {"role": "assistant", "content": reply},
+                            {"role": "user", "content": complaint}]
+                continue                   # at once
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 reason = f"HTTP {status}"
@@ -936,6 +966,41 @@ class Endpoint:
             if attempt + 1 < JUDGE["attempts"]:
                 time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
         return reply, tokens, reason
+
+
+def endpoint_judge(args, dimensions):
+    """An LLM judge: `Task.judge`. A judgement that fails for good is a malformed reply or None: no
+    score, left out and counted."""
+    endpoint, template = Endpoint(args), JUDGE_PROMPT
+    if args.judge_prompt:
+        template = Path(args.judge_prompt).read_text(encoding="utf-8", errors="replace")
+        for field in ("{answer}", "{reference}", "{dimensions}"):
+            if field not in template:
+                raise UserError(f"--judge-prompt {args.judge_prompt}: lacks {field}")
+    form = f"{dimensions[0]}: ... [Scores]: (a, b)"
+    complaint = ("Your reply does not have the form that was asked for. Write one line for each of "
+                 f"these dimensions and nothing else: {', '.join(dimensions)}. The form of each "
+                 f"line, two numbers from 0 to 10 at its end and scores nowhere else:\n{form}")
+
+    def judge(rows: list[dict], answers: list[str]) -> list[str | None]:
+        return endpoint.complete(
+            [judge_prompt(template, form, dimensions, row, answer)
+             for row, answer in zip(rows, answers, strict=True)],
+            lambda reply: parse_reply(reply, dimensions) is not None, complaint)
+    return judge
+
+
+def judge_prompt(template: str, form: str, dimensions, row: dict, answer: str) -> str:
+    """The judge's prompt, filled in one pass: braces in an answer stay what they are."""
+    said = [m for m in row["messages"][:-1] if m["role"] != "system"]
+    values = {
+        "system": "\n".join(m["content"] for m in row["messages"] if m["role"] == "system"),
+        "notes": row.get("judge_notes", ""), "answer": answer, "reference": row["reference"],
+        "conversation": "\n".join(f"{m['role']}: {m['content'].replace('<image>', '')}"
+                                  for m in said),
+        "dimensions": "\n".join(f"- {d}: {MEANING.get(d, 'as the name says')}"
+                                for d in dimensions), "form": form}
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
 
 
 def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
@@ -988,17 +1053,17 @@ def diversity(embeddings: Tensor) -> float:
 
 
 @torch.no_grad()
-def backbone_embeddings(base: Agent, texts: list[str], at_once: int = 64) -> Tensor:
-    """Mean over tokens of the base backbone's states of each text alone: (N, d). One yardstick
-    for all methods that start from the same base."""
-    means = []
-    for i in range(0, len(texts), at_once):
-        ids = [torch.tensor(base.encoder.tokenizer.encode(text, add_special_tokens=False)
-                            or [base.encoder.pad]) for text in texts[i:i + at_once]]
-        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(base.device)
+def backbone_embeddings(base: Agent, tokens_at_once: int, texts: list[str]) -> Tensor:
+    """Mean over tokens of the base backbone's states of each text alone: (N, d) on the CPU. One
+    yardstick for all methods that start from the same base."""
+    means, ids = [], [torch.tensor(base.encoder.tokenizer.encode(text, add_special_tokens=False)
+                                   or [base.encoder.pad]) for text in texts]
+    at_once = max(1, tokens_at_once // max(map(len, ids)))
+    for part in (ids[i:i + at_once] for i in range(0, len(ids), at_once)):
+        tokens = nn.utils.rnn.pad_sequence(part, batch_first=True).to(base.device)
         x = base.backbone.model.language_model.embed_tokens(tokens)
-        e = base.trunk(x, text_positions(tokens)).float()
-        means += [e[b, :len(one)].mean(0) for b, one in enumerate(ids)]
+        e = base.trunk(x, text_positions(tokens)).float().cpu()
+        means += [e[b, :len(one)].mean(0) for b, one in enumerate(part)]
     return torch.stack(means)
 
 
@@ -1066,7 +1131,7 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
             flat_rows = [row for row, group in zip(rows, answers) for _ in group]
             flat = [answer for group in answers for answer in group]
             replies = gather({0: task.judge(flat_rows, flat)} if rank() == 0 else {})[0]
-            e = embed(flat) if embed and n > 1 else None
+            e = gather({0: embed(flat) if embed and n > 1 else None} if rank() == 0 else {})[0]
             for i, (row, group) in enumerate(zip(rows, answers)):
                 of_row = slice(i * n, (i + 1) * n)
                 predictions.append({
@@ -1112,6 +1177,12 @@ def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
             **{d: table[d] for d in task.dimensions}}
 
 
+def without_dimensions(task: Task, table: dict[str, dict]) -> dict[str, dict]:
+    """A table narrow enough to print: all but the single dimensions' scores."""
+    return {key: {name: value for name, value in row.items()
+                  if name not in (*task.dimensions, "overall")} for key, row in table.items()}
+
+
 def by_split_and_mode(predictions: list[dict]) -> dict[str, list[dict]]:
     parts = {}
     for p in predictions:
@@ -1140,13 +1211,17 @@ def arguments() -> argparse.ArgumentParser:
         help="which prompts (default: id ood); tune on valid, touch the tests once")
     add("--prompts", type=count, help="the first N prompts of each split (default: all)")
     add("--samples", type=count, default=4, help="sampled answers a prompt, for best-of-N too")
-    add("--temperature", type=within(float, 0), default=1.0, help="of these (paper: 0.1)")
+    add("--temperature", type=within(float, 0), help="of these (default: the run's; paper: 0.1)")
+    add("--max-new-tokens", type=count, help="longest answer (default: the run's)")
     add("--min-p", type=within(float, 0, 1), help="latent: codes cannot choose tokens below this "
         "share of the backbone's best (default: as in training); token: sample none below this "
         "share of the policy's best (default: 0)")
     add("--seed", type=int, default=0, help="of the sampled answers")
     add("--rescore", metavar="FILE", help="every figure of a predictions.jsonl again, from the "
         "saved replies' text")
+    add("--make-references", metavar="FOLDER", help="reference answers for PCogAlignBench's "
+        "published files in FOLDER, by the model at --judge-url")
+    add("--run-root", default="runs", help="where these calls are cached (default: runs)")
     add("--out", metavar="FOLDER", help="for predictions.jsonl and summary.json, so that they do "
         "not replace those of an earlier evaluation (default: the run's own)")
     add("--image-root", type=os.path.abspath, help="where relative image paths start")
@@ -1160,11 +1235,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    init_distributed(args.device)
-    if bool(args.runs) == bool(args.rescore):
-        raise UserError("name run folders, as runs/tiny/rl-mini-dapo-latent-s0, or --rescore FILE")
+    init_distributed(args)
+    if bool(args.runs) + bool(args.rescore) + bool(args.make_references) != 1:
+        raise UserError("name run folders, as runs/tiny/rl-mini-dapo-latent-s0, or --rescore FILE, "
+                        "or --make-references FOLDER")
     if args.rescore:
         return rescore(args.rescore)
+    if args.make_references:
+        return make_references(args)
     summaries, yardsticks = {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
@@ -1172,35 +1250,38 @@ def main(argv=None):
         agent = Agent.from_run(folder, args.device, args.dtype)
         if agent.policy is None:
             raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
-        run_args = read_config(folder)["args"]
-        if "task" not in read_config(folder)["identity"] and args.task is None:
+        config = read_config(folder)
+        if "task" not in config["identity"] and args.task is None:
             raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name "
                             "a --task")
-        if run_args["model"] == "tiny":
+        if config["args"]["model"] == "tiny":
             torch.set_num_threads(1)            # see train_rl.py
         if args.min_p is not None:
             agent.min_p = args.min_p
         given = {key: value for key, value in vars(args).items() if value is not None}
-        merged = argparse.Namespace(**{**run_args, "image_root": None, **given,
-                                       "run_root": folder.resolve().parent.parent})
+        merged = argparse.Namespace(**{"temperature": 1.0, "image_root": None, **config["args"],
+                                       **given, "run_root": folder.resolve().parent.parent})
         task = load_task(merged)
-        splits = {s: task.splits[s][:args.prompts] for s in args.splits if task.splits[s]}
+        task.max_new_tokens = args.max_new_tokens or config.get("max_new_tokens",
+                                                                task.max_new_tokens)
+        splits = {s: task.splits[s][:args.prompts] for s in args.splits}
+        if empty := [s for s in splits if not splits[s]]:
+            raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
         base = agent.structure["base"]
         if base not in yardsticks:
-            yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged))
+            yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged),
+                                                 args.tokens_at_once)
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
-        modes = {"greedy": (0.0, 1), "sampled": (args.temperature, args.samples)}
+        modes = {"greedy": (0.0, 1), "sampled": (merged.temperature, args.samples)}
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
                                       yardsticks[base])
-        say(format_table(folder.name, {key: {name: value for name, value in row.items()
-                                             if name not in (*task.dimensions, "overall")}
-                                       for key, row in table.items()}))
-        summaries[str(folder)] = table
+        say(format_table(folder.name, without_dimensions(task, table)))
+        summaries[folder] = table
         if rank() == 0:
             out = Path(args.out) / folder.name if args.out else folder
             out.mkdir(parents=True, exist_ok=True)
-            judged_by = {"dimensions": task.dimensions, "lowest": task.lowest}
-            lines = "".join(json.dumps({**row, **judged_by}) + "\n" for row in predictions)
+            lines = "".join(json.dumps({**row, "dimensions": task.dimensions}) + "\n"
+                            for row in predictions)
             atomic(out / "predictions.jsonl", lambda path: path.write_text(lines))
             atomic(out / "summary.json", lambda path: path.write_text(json.dumps(table, indent=1)))
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
@@ -1210,12 +1291,13 @@ def main(argv=None):
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
 
 
-def compare(summaries: dict[str, dict]) -> dict[str, dict]:
-    """Runs of a model that differ in seed (`-s<seed>`) or run root alone as one row: mean (std)."""
+def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
+    """Runs of a model that differ in seed or run root alone as one row: mean (deviation)."""
     groups, rows = {}, {}
     for folder, table in summaries.items():
-        name = re.sub(r"-s\d+", "", Path(folder).name)
-        groups.setdefault(f"{Path(folder).parent.name}/{name}", []).append(table)
+        seed = f"-s{read_config(folder)['args']['seed']}"
+        name = re.sub(f"(-(?:latent|token)){seed}(?=-|$)", r"\1", folder.name)
+        groups.setdefault(f"{folder.parent.name}/{name}", []).append(table)
     for name, tables in groups.items():
         rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
@@ -1229,7 +1311,7 @@ def rescore(file: str) -> dict[str, dict]:
     """Every figure again from predictions.jsonl: answers and the text of the judge's replies."""
     try:
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        task = Task(file, tuple(rows[0]["dimensions"]), BOUNDS, {}, None, 0, rows[0]["lowest"])
+        task = Task(file, tuple(rows[0]["dimensions"]), BOUNDS, {}, None, 0)
         table = {key: summarise(task, part) for key, part in by_split_and_mode(rows).items()}
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"--rescore {file}: cannot be read ({error!r}); name a predictions.jsonl "

@@ -41,29 +41,33 @@ import fcntl
 import gzip
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 # Read when torch loads (so the other files import this one before torch): OpenMP threads that wait
 # spin only briefly. By default any other load on the machine makes a step many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -143,7 +147,8 @@ class CausalStack(nn.Module):
 
     def hidden(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
         """(B, T, d) -> (B, T, d), normed: what the head reads."""
-        return self.norm(run_layers(self.layers, x, self.rotary, positions, cache, mask))
+        x = run_layers(self.layers, x, self.rotary, positions, cache, mask)
+        return self.norm(x.to(self.norm.weight.dtype))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(B, T, d) -> logits (B, T, n_out)."""
@@ -287,6 +292,8 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
 
     Safetensors only, no remote code. Raises `UserError` for anything that is not Qwen2.5-VL.
     """
+    if str(path).startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"--model {path}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
@@ -353,15 +360,16 @@ class Agent(nn.Module):
     @classmethod
     def from_base(cls, args, dtype: torch.dtype | None = None) -> Agent:
         """The backbone alone, on this rank's device, with the structure that `args` asks for."""
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        auto = "bfloat16" if cuda else "float32"
+        device = device_of(args)
+        auto = "bfloat16" if device == "cuda" else "float32"
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
         structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
         structure |= {"no_projector": args.no_projector, "base": str(path)}
-        model = model.to("cuda" if cuda else "cpu")
-        agent = cls(model, Encoder(tokenizer, processor, model.config), structure)
+        model = model.to(device)
+        agent = cls(model, Encoder(tokenizer, processor, model.config, args.image_tokens),
+                    structure)
         if args.model == "tiny":
             agent.base_hash = file_hash(path / "model.safetensors")
         return agent
@@ -405,6 +413,8 @@ class Agent(nn.Module):
             raise UserError(f"{path}: is not what its run finished with; restore it, or redo the "
                             "run with --fresh")
         tensors = load_file(path, device=str(self.device))
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise UserError(f"{path}: holds weights that are not finite; redo the run (--fresh)")
         if config["space"] == "token" and self.space != "token":
             self.make_token_policy()
         for name in sorted({key.split(".")[0] for key in tensors} - set(skip)):
@@ -537,6 +547,10 @@ class Agent(nn.Module):
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
              temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> str:
         """One answer to one message; `image` is a path or PIL image, `history` earlier turns."""
+        if self.policy is None or "<image>" in message:
+            raise UserError("chat: this run has no policy; load an sft-* or rl-* run"
+                            if self.policy is None else
+                            "chat: give the picture as `image`, not as <image> in the message")
         messages = [{"role": "system", "content": system}] if system else []
         content = ("<image>" if image is not None else "") + message
         row = {"id": "chat", "messages": messages + (history or []) +
@@ -661,22 +675,23 @@ def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperatur
     (N, T), device = uniform.shape, uniform.device
     embed_tokens = actor.backbone.model.language_model.embed_tokens
     cache, policy_cache = prefix.cache.expand(group, T), prefix.policy_cache.expand(group, T)
-    mask, policy_mask = padding_mask(prefix.real), padding_mask(prefix.policy_real)
-    position, policy_position = each(prefix.next_position), each(prefix.policy_next)
-    has_image, h = each(prefix.has_image), each(prefix.hidden)             # h (N, d)
+    rows = {"index": torch.arange(N, device=device), "position": each(prefix.next_position),
+            "policy_position": each(prefix.policy_next), "has_image": each(prefix.has_image),
+            "mask": padding_mask(prefix.real), "policy_mask": padding_mask(prefix.policy_real)}
+    h = each(prefix.hidden)                         # (N, d)
     s = each(prefix.inputs[torch.arange(len(prefix.last), device=device), prefix.last])   # (N, d)
     tokens = torch.full((N, T), actor.encoder.pad, device=device)
     actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
     inputs = s.new_zeros(N, T, s.shape[-1])
     stop_ids = actor.encoder.stop_ids.to(device)
     stopped = torch.zeros(N, dtype=torch.bool, device=device)
-    alive = torch.arange(N, device=device)          # rows of the outputs still running
     for t in range(T):
         logits = actor.policy.head(h).float()
         if actor.space == "token":
             logits = logits + actor.token_bias
             if actor.min_p:                         # evaluation only: train_rl.py refuses it
                 logits = logits + min_p_bias(logits, actor.min_p)
+        alive = rows["index"]                       # of the outputs: answers still running
         a, logp = choose(logits, uniform[alive, t], temperature)
         x = a if actor.space == "token" else actor.next_token_logits(s, a).argmax(-1)
         tokens[alive, t], actions[alive, t], logps[alive, t], inputs[alive, t] = x, a, logp, s
@@ -688,19 +703,18 @@ def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperatur
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):
-                alive, x, has_image = alive[keep], x[keep], has_image[keep]
-                position, policy_position = position[keep], policy_position[keep]
+                rows = {k: None if v is None else v[keep] for k, v in rows.items()}
+                x = x[keep]
                 cache.keep(keep)
                 policy_cache.keep(keep)
-                mask = None if mask is None else mask[keep]
-                policy_mask = None if policy_mask is None else policy_mask[keep]
         # The next state needs the token alone; earlier keys and values are in the cache.
-        e = actor.trunk(embed_tokens(x)[:, None], (position + t)[:, None], cache,
-                        None if mask is None else mask[..., :prefix.cache.length + t + 1])
-        s = e if actor.space == "token" else actor.project(e, has_image)
-        h = actor.policy.hidden(
-            s, (policy_position + t)[:, None], policy_cache, None if policy_mask is None
-            else policy_mask[..., :prefix.policy_cache.length + t + 1])[:, 0]
+        mask, policy_mask = (None if rows[name] is None else rows[name][..., :before.length + t + 1]
+                             for name, before in (("mask", prefix.cache),
+                                                  ("policy_mask", prefix.policy_cache)))
+        e = actor.trunk(embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache, mask)
+        s = e if actor.space == "token" else actor.project(e, rows["has_image"])
+        h = actor.policy.hidden(s, (rows["policy_position"] + t)[:, None], policy_cache,
+                                policy_mask)[:, 0]
         s = s[:, 0]
     return tokens, actions, logps, inputs
 
@@ -801,7 +815,6 @@ def replay(policy: CausalStack, r: Rollout) -> Tensor:
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"   # what `<image>` in a row stands for
-IMAGE_SIZE = (280, 420)      # height, width of every image at full scale (release's pre-training)
 Image.MAX_IMAGE_PIXELS = 64_000_000                     # PIL refuses twice this: no bombs
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
@@ -815,7 +828,7 @@ class UnusableRow(UserError):
     """A row that a corpus can do without: left out and counted there, an error elsewhere."""
 
 
-def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) -> dict:
+def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id: str) -> dict:
     """One row in the kit's form, or `UserError` naming `where` (file:line).
 
     Accepts `messages` (role/content, content a string with `<image>` or typed blocks), ShareGPT
@@ -849,56 +862,80 @@ def normalise_row(raw, where: str, folder: Path | None, image_root: str | None) 
             first = next(m for m in messages if m["role"] == "user")
             first["content"] = "<image>" * len(images) + "\n" + first["content"]
         elif placeholders != len(images):
-            raise UserError(f"{where}: {placeholders} `<image>` placeholders but {len(images)} "
-                            "images")
-        images = [str(Path(image_root or folder or ".") / image) for image in images]
+            raise UnusableRow(f"{where}: {placeholders} `<image>` placeholders but {len(images)} "
+                              "images")
+        images = [str(Path(image_root or folder) / image) for image in images]
     except (AttributeError, KeyError, StopIteration, TypeError) as error:
         raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Data"
                         ) from None
     kept = {k: v for k, v in raw.items() if k not in ("conversations", "image")}
-    return {**kept, "messages": messages, "images": images, "id": str(raw.get("id", where)),
+    return {**kept, "messages": messages, "images": images, "id": str(raw.get("id", row_id)),
             "where": where}
 
 
-def read_rows(files, image_root: str | None = None, position: tuple = (0, 0, 0)):
-    """Yield (row, next position) from JSON or JSONL files, `.gz` too, from `position` on.
+def read_rows(file, image_root: str | None = None, position=(0, 0), place: int = 0):
+    """Yield (row or `UnusableRow`, next position) of a JSON or JSONL file, `.gz` too.
 
     JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
-    (file index, byte offset or array index, line number). Errors: `UserError` with file:line.
+    (byte offset or array index, line number). A row without an id is named by the file's `place`
+    in its list, its name and the line, wherever it lies. Errors: `UserError` with file:line.
     """
-    for index in range(position[0], len(files)):
-        path = Path(files[index])
-        offset, line = position[1:] if index == position[0] else (0, 0)
-        where = str(path)
+    path, (offset, line) = Path(file), position
+    where = str(path)
+
+    def row(raw, mark):
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                    rows = json.load(f)
-                    for n in range(line, len(rows)):
-                        where = f"{path}: row {n + 1}"
-                        row = normalise_row(rows[n], where, path.parent, image_root)
-                        yield row, (index, n + 1, n + 1)
-                    continue
-                f.seek(offset)
-                for raw in iter(f.readline, b""):
-                    line, offset = line + 1, offset + len(raw)
-                    where = f"{path}:{line}"
-                    if raw.strip():
-                        row = normalise_row(json.loads(raw), where, path.parent, image_root)
-                        yield row, (index, offset, line)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
-                            "path, fix or remove the row") from None
+            return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}{mark}")
+        except UnusableRow as error:
+            return error
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                rows = json.load(f)
+                for n in range(line, len(rows)):
+                    where = f"{path}: row {n + 1}"
+                    yield row(rows[n], f":{n + 1}"), (n + 1, n + 1)
+                return
+            f.seek(offset)
+            for raw in iter(f.readline, b""):
+                line, offset = line + 1, offset + len(raw)
+                where = f"{path}:{line}"
+                if raw.strip():
+                    yield row(json.loads(raw), f":{line}"), (offset, line)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
+                        "path, fix or remove the row") from None
 
 
-def open_image(image, where: str, decode: bool = False) -> Image.Image:
-    """A PIL image, header read and with `decode` its RGB pixels; `UserError` names row and file."""
+def count_rows(file: str) -> float:
+    """Rows of a file: counted if it is an array or short, else by its size and its first MiB."""
+    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
+        head = f.read(2 ** 20)
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return sum(1 for _ in read_rows(file))
+        lines = sum(1 for line in head.splitlines() if line.strip())
+        if len(head) < 2 ** 20:
+            return lines
+        done = f.fileobj.tell() if file.endswith(".gz") else len(head)
+    return lines * os.path.getsize(file) / done
+
+
+def open_image(image, where: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """A PIL image, header read alone, or with `size` (height, width) its upright RGB pixels at
+    that size; `UserError` names row and file."""
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
-        return picture.convert("RGB") if decode else picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {image} cannot be used ({error}); replace it or remove "
-                        "the row (see --image-root)") from None
+        if size is None:
+            return picture
+        picture.draft("RGB", (max(size), max(size)))    # a large JPEG is decoded at a smaller scale
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):                # 16 bits a pixel
+            picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+        picture = picture.convert("RGB")
+        return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.BICUBIC)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
+                        "replace it or remove the row (see --image-root)") from None
 
 
 def mrope_positions(ids: Tensor, grids: Tensor, image_token: int, merge: int) -> Tensor:
@@ -933,8 +970,9 @@ class Example:
     tokens: Tensor              # (M,) text token ids
     targets: Tensor             # (M,) bool: predict tokens[t + 1] at t
     seen_image: Tensor          # (M,) bool: after the row's first image
-    images: list                # PIL images or paths, decoded when the batch is made
+    images: list                # PIL images or paths, decoded shortly before they are used
     grids: Tensor               # (n, 3) patches in time, height, width
+    pixels: Tensor | None = None            # (patches, 1176) of the images once decoded
 
     def __len__(self):
         return len(self.ids)
@@ -982,7 +1020,9 @@ class Batch:
 class Encoder:
     """Tokenizer and image processor: conversation -> Example -> Batch."""
 
-    def __init__(self, tokenizer, processor, config):
+    def __init__(self, tokenizer, processor, config, image_tokens: str | None = None):
+        """image_tokens: most tokens an image may have, "280x420" for that size (height, width)
+        whatever the picture's, or None for the processor's own limits."""
         self.tokenizer, self.processor = tokenizer, processor
         self.merge = config.vision_config.spatial_merge_size
         self.image_token = config.image_token_id
@@ -995,18 +1035,25 @@ class Encoder:
                          "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         size = processor.size if isinstance(processor.size, dict) else vars(processor.size)
-        self.pixel_limits = {"min_pixels": size["shortest_edge"],
-                             "max_pixels": size["longest_edge"]}
-        full_scale = size["longest_edge"] >= IMAGE_SIZE[0] * IMAGE_SIZE[1]
-        self.fixed_size = IMAGE_SIZE if full_scale else None
+        self.min_pixels, self.max_pixels = size["shortest_edge"], size["longest_edge"]
+        self.fixed_size, cell = None, (processor.patch_size * self.merge) ** 2
+        if image_tokens and "x" in image_tokens:
+            self.fixed_size = tuple(map(int, image_tokens.split("x")))
+        elif image_tokens:
+            self.max_pixels = min(self.max_pixels, int(image_tokens) * cell)
+            self.min_pixels = min(self.min_pixels, self.max_pixels)
 
-    def grid(self, image: Image.Image, where: str) -> tuple[int, int, int]:
-        """Patches (time, height, width) of an image, from its size alone."""
-        patch = self.processor.patch_size
-        height, width = self.fixed_size or (image.height, image.width)
+    def grid(self, image, where: str) -> tuple[int, int, int]:
+        """Patches (time, height, width) of an image, from its header alone."""
+        picture, patch = open_image(image, where), self.processor.patch_size
+        height, width = picture.height, picture.width
+        if picture.getexif().get(274, 1) > 4:           # lies on its side
+            height, width = width, height
+        height, width = self.fixed_size or (height, width)
         try:
-            height, width = smart_resize(height, width, factor=patch * self.merge,
-                                         **self.pixel_limits)
+            height, width = smart_resize(
+                height, width, factor=patch * self.merge, min_pixels=self.min_pixels,
+                max_pixels=max(self.max_pixels, math.prod(self.fixed_size or (1, 1))))
         except ValueError as error:
             raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
         return 1, height // patch, width // patch
@@ -1017,9 +1064,12 @@ class Encoder:
         Targets are all text tokens after a text token, or the assistant's alone, ends of turn
         included (task rows)."""
         where = row.get("where", f"row {row['id']}")
+        said = "\n".join(m["content"] for m in row["messages"])
         for token in self.reserved:
-            if any(token in m["content"] for m in row["messages"]):
+            if token in said:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
+        if not said.isascii() and said != said.encode("utf-8", "ignore").decode():
+            raise UnusableRow(f"{where}: its text contains half a character (a lone surrogate)")
         messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
                     for m in row["messages"]]
         if prompt and messages[-1]["role"] == "assistant":
@@ -1028,8 +1078,7 @@ class Encoder:
                                                   add_generation_prompt=prompt)
         ids = self.tokenizer.encode(text if prompt else text.rstrip("\n"),
                                     add_special_tokens=False)
-        images = [open_image(image, where) for image in row["images"]]
-        grids = torch.tensor([self.grid(image, where) for image in images],
+        grids = torch.tensor([self.grid(image, where) for image in row["images"]],
                              dtype=torch.long).view(-1, 3)
         counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
         ids = [i for token in ids
@@ -1060,17 +1109,17 @@ class Encoder:
         """(patches, 1176) of a row's images, decoded here and not before."""
         if not example.images:
             return None
-        pictures = [open_image(image, example.where, decode=True) for image in example.images]
-        if self.fixed_size:
-            pictures = [p.resize(self.fixed_size[::-1], Image.BICUBIC) for p in pictures]
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        patch = self.processor.patch_size
+        pictures = [open_image(image, example.where, (height * patch, width * patch))
+                    for image, (_, height, width) in zip(example.images, example.grids.tolist())]
+        return self.processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def collate(self, examples: list[Example]) -> Batch:
         """One right-padded batch."""
         def padded(name, value=0):
             return nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples],
                                              batch_first=True, padding_value=value)
-        pixels = [p for e in examples if (p := self.pixels(e)) is not None]
+        pixels = [self.pixels(e) if e.pixels is None else e.pixels for e in examples if e.images]
         return Batch([e.id for e in examples], padded("ids", self.pad),
                      padded("positions").permute(2, 0, 1), padded("text_index"),
                      padded("tokens", self.pad), padded("targets"), padded("seen_image"),
@@ -1080,106 +1129,151 @@ class Encoder:
                      torch.cat([e.grids for e in examples]), torch.cat(pixels) if pixels else None)
 
 
-class Stream:
-    """Endless shuffled batches of one corpus, resumable at the exact row.
+class Source:
+    """One file of rows, or rows in memory (the mini world), read on and on from any position."""
 
-    Rows are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
-    `batch_tokens` real tokens with similar lengths together, and the batches shuffled. The
-    cursor (epoch, where the block starts, batch in the block) rebuilds everything. The global
-    batch is the same for any number of ranks: each tokenises its share of a block for the
-    lengths, and rank r trains on rows r, r + world, ...
+    def __init__(self, source, place: int, image_root: str | None):
+        self.source, self.place, self.image_root = source, place, image_root
+        self.start, self.weight = (0, 0), None
+        if isinstance(source, str):
+            name, _, weight = source.rpartition("=")    # FILE=WEIGHT
+            if name and not os.path.exists(source):
+                self.source, self.weight = name, float(weight)
+        self.rows = count_rows(self.source) if isinstance(source, str) else len(source)
+        self.open(self.start)
+
+    def open(self, position):
+        self.position, n = tuple(position), position[1]
+        self.reader = read_rows(self.source, self.image_root, position, self.place) \
+            if isinstance(self.source, str) else zip(self.source[n:], ((k, k) for k in
+                                                     range(n + 1, len(self.source) + 1)))
+
+    def next(self):
+        """The next row, the first again after the last."""
+        for _ in range(2):
+            for row, self.position in self.reader:
+                return row
+            self.open(self.start)
+        raise UserError(f"{self.source}: holds no rows to train on")
+
+
+prefetch = ThreadPoolExecutor(1, "prefetch")            # one thread for all streams
+
+
+class Stream:
+    """Endless shuffled batches of one kind of rows, resumable at the exact row.
+
+    Several files are interleaved by their numbers of rows, or by the weights of FILE=WEIGHT. Rows
+    are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
+    `batch_tokens` tokens with similar lengths together, and the batches shuffled. The cursor (the
+    block, where each file stood at its start, the batch in it) rebuilds everything. The global
+    batch is the same for any number of ranks: each tokenises every world-th row of a block, once,
+    and trains on those. A thread prepares the next batch, pictures too, while one trains.
     """
 
     def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
                  image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
                  hold_out: int = 0, responses_only: bool = False):
-        self.source, self.encoder, self.seed = source, encoder, seed
-        self.batch_tokens, self.max_tokens, self.block = batch_tokens, max_tokens, block
-        self.image_root, self.responses_only = image_root, responses_only
-        self.start, self.batches, self.next_block, self.encoded = (0, 0, 0), None, None, {}
-        # The first rows, at most a tenth of the corpus, are held out for the stage's report.
-        head = list(itertools.islice(self._rows(self.start), 10 * hold_out))
-        head = head[:max(1, len(head) // 10)] if len(head) > 1 else []
-        self.held_out = [example for row, _ in head if (example := self._fit(row))]
-        if head:
-            self.start = head[-1][1]
-        self.cursor = {"epoch": 0, "start": self.start, "batch": 0}
+        self.encoder, self.seed, self.responses_only = encoder, seed, responses_only
+        self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
+        files = source if source and isinstance(source[0], str) else [source]
+        self.sources = [Source(file, place, image_root) for place, file in enumerate(files)]
+        self.encoded, self.left_out, self.held_out, self.barren = {}, {}, [], 0
+        for part in self.sources:           # the first rows, at most a tenth, for the report
+            n = min(math.ceil(hold_out / len(files)), max(1, int(part.rows) // 10))
+            for _ in range(n if part.rows > 1 else 0):
+                self.held_out += [e for e in [self._fit(part.next())] if e]
+            part.start, part.rows = part.position, part.rows - n * (part.rows > 1)
+        rows = sum(part.rows for part in self.sources)
+        self.block = max(1, math.ceil(rows / max(1, math.ceil(rows / block))))
+        weights = [part.rows if part.weight is None else part.weight for part in self.sources]
+        self.shares = [weight / max(1e-9, sum(weights)) for weight in weights]
+        self.load_state_dict({"block": 0, "batch": 0, "credit": self.shares,
+                              "positions": [part.position for part in self.sources]})
 
     def state_dict(self) -> dict:
         return self.cursor
 
     def load_state_dict(self, cursor: dict):
-        self.cursor, self.batches = cursor, None
+        self.cursor = self.ahead = cursor
+        self.batches = self.pending = None
+        self.credit = list(cursor["credit"])
+        for part, position in zip(self.sources, cursor["positions"], strict=True):
+            part.open(position)
 
-    def _rows(self, start):
-        if isinstance(self.source[0], dict):  # rows in memory (the mini world)
-            for n in range(start[1], len(self.source)):
-                yield self.source[n], (0, n + 1, n + 1)
-        else:
-            yield from read_rows(self.source, self.image_root, start)
-
-    def _fit(self, row: dict) -> Example | None:
+    def _fit(self, row) -> Example | None:
         """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
         if id(row) in self.encoded:
             return self.encoded[id(row)]
-        messages = list(row["messages"])
         try:
+            if isinstance(row, UnusableRow):
+                raise row
+            messages = list(row["messages"])
             example = self.encoder.encode(row, False, self.responses_only)
-        except UnusableRow:
-            return None
-        while len(example) > self.max_tokens and len(messages) > 1:
-            messages.pop()
-            if messages[-1]["role"] == "assistant":
-                shown = sum(m["content"].count("<image>") for m in messages)
-                example = self.encoder.encode({**row, "messages": messages, "images":
-                                               row["images"][:shown]}, False, self.responses_only)
-        example = example if len(example) <= self.max_tokens else None
-        if isinstance(self.source[0], dict):
+            while len(example) > self.max_tokens and len(messages) > 1:
+                messages.pop()
+                if messages[-1]["role"] == "assistant":
+                    shown = sum(m["content"].count("<image>") for m in messages)
+                    example = self.encoder.encode({**row, "messages": messages, "images": row[
+                        "images"][:shown]}, False, self.responses_only)
+            if len(example) > self.max_tokens:
+                raise UnusableRow(f"{example.where}: over {self.max_tokens} tokens without a "
+                                  "message boundary to cut at")
+        except UnusableRow as error:
+            self.left_out.setdefault(str(error), False)     # False: not yet said
+            example = None
+        if not isinstance(self.sources[0].source, str):
             self.encoded[id(row)] = example
         return example
 
     def _load_block(self):
-        rows, end = [], self.cursor["start"]
-        for row, end in itertools.islice(self._rows(self.cursor["start"]), self.block):
-            rows.append(row)
-        if not rows:
-            if self.cursor["start"] == self.start:
-                raise UserError(f"{self.source}: holds no rows to train on")
-            self.cursor = {"epoch": self.cursor["epoch"] + 1, "start": self.start, "batch": 0}
-            return self._load_block()
-        self.next_block = end
+        if self.batches is not None:
+            self.ahead = {"block": self.ahead["block"] + 1, "batch": 0, "credit": list(self.credit),
+                          "positions": [part.position for part in self.sources]}
+        rows = []
+        while len(rows) < self.block:
+            chosen = max(range(len(self.sources)), key=self.credit.__getitem__)
+            self.credit = [c + share for c, share in zip(self.credit, self.shares)]
+            self.credit[chosen] -= 1
+            rows.append(self.sources[chosen].next())
+        self.examples = {n: self._fit(rows[n]) for n in range(rank(), len(rows), world_size())}
         lengths = torch.zeros(len(rows), dtype=torch.long)
-        for n in range(rank(), len(rows), world_size()):
-            example = self._fit(rows[n])
-            lengths[n] = 0 if example is None else len(example)
+        for n, example in self.examples.items():
+            lengths[n] = len(example) if example else 0
         if dist.is_initialized():
-            dist.all_reduce(lengths)
+            dist.all_reduce(lengths, group=PREFETCH_GROUP[0])
+        lengths = lengths.tolist()
         kept = [n for n in range(len(rows)) if lengths[n]]
-        if len(kept) < len(rows):
-            say(f"note: {len(rows) - len(kept)} of {len(rows)} rows left out: they exceed "
-                f"{self.max_tokens} tokens without a message boundary to cut at, or contain a "
-                "literal special token")
-        rng = random.Random(key_seed(self.seed, self.cursor["epoch"], self.cursor["start"]))
+        if new := [why for why, said in self.left_out.items() if not said]:
+            print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
+            self.left_out = dict.fromkeys(self.left_out, True)
+        self.barren = 0 if kept else self.barren + len(rows)
+        if self.barren >= sum(part.rows for part in self.sources):
+            raise UserError(f"{[str(part.source)[:80] for part in self.sources]}: not one row can "
+                            f"be trained on: {next(iter(self.left_out), 'all are empty'):.200}")
+        rng = random.Random(key_seed(self.seed, self.ahead["block"]))
         rng.shuffle(kept)
-        kept.sort(key=lambda n: int(lengths[n]) // 32)  # stable: similar lengths, random order
-        self.batches, total = [[]], 0
+        kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order
+        self.batches, total = [], 0
         for n in kept:
-            if total + int(lengths[n]) > self.batch_tokens and self.batches[-1]:
+            if not self.batches or total + lengths[n] > self.batch_tokens:
                 self.batches, total = self.batches + [[]], 0
-            self.batches[-1].append(rows[n])
-            total += int(lengths[n])
+            self.batches[-1].append(n)
+            total += lengths[n]
         rng.shuffle(self.batches)
+
+    def _prepare(self) -> tuple[list[Example], dict]:
+        while self.batches is None or self.ahead["batch"] >= len(self.batches):
+            self._load_block()
+        chosen = [self.examples[n] for n in self.batches[self.ahead["batch"]] if n in self.examples]
+        self.ahead = {**self.ahead, "batch": self.ahead["batch"] + 1}
+        return [replace(e, pixels=self.encoder.pixels(e)) for e in chosen], self.ahead
 
     def next(self) -> list[Example]:
         """This rank's examples of the next global batch (may be none on a small batch)."""
-        if self.batches is None:
-            self._load_block()
-        if self.cursor["batch"] == len(self.batches):
-            self.cursor = {**self.cursor, "start": self.next_block, "batch": 0}
-            self._load_block()
-        rows = self.batches[self.cursor["batch"]]
-        self.cursor = {**self.cursor, "batch": self.cursor["batch"] + 1}
-        return [self._fit(row) for row in rows[rank()::world_size()]]
+        examples, self.cursor = (self.pending or prefetch.submit(self._prepare)).result()
+        self.pending = prefetch.submit(self._prepare)
+        return examples
 
 
 def micro_batches(examples: list[Example], tokens_at_once: int) -> list[list[Example]]:
@@ -1239,31 +1333,59 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
 def launch(main):
     """Run `main` on the command line. A mistake outside the code, a file that cannot be read or
     written included, ends with one line and status 2; what was computed is in the checkpoints."""
+    status = 0
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
         remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
-        print(f"{Path(sys.argv[0]).name}: error: {error}{remedy}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        said = " ".join(f"{error}{remedy}".split())
+        said = said if len(said) < 1200 else f"{said[:800]} ... {said[-300:]}"
+        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr, flush=True)
+        status = getattr(error, "status", 2)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 130
+    if status and dist.is_initialized():
+        os._exit(status)        # at once: another rank may wait for this one's prefetching thread
+    if dist.is_initialized():
+        prefetch.submit(lambda: None).result()          # its last collective is done on all ranks
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
-def init_distributed(device: str = "auto"):
+def device_of(args) -> str:
+    return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+PREFETCH_GROUP = [None]     # a process group of its own for the prefetching thread
+
+
+def init_distributed(args):
     """Join torchrun's process group if there is one: nccl on CUDA, gloo on CPU."""
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if device == "cuda" and not cuda:
+    cuda = device_of(args) == "cuda"
+    if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        # Small counts and the judge's results travel on CPU; a slow judge must not look hung.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(hours=6))
+        # Small counts and the judge's results travel on CPU; a slow judge must not look hung. A
+        # store of its own per attempt: after torchrun's --max-restarts the last one's addresses
+        # of dead workers are still in the agent's.
+        hours = datetime.timedelta(hours=6)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=hours))
+        store = dist.PrefixStore(f"kit {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=own_rank, world_size=size, timeout=hours)
+        PREFETCH_GROUP[0] = dist.new_group(backend="gloo", timeout=hours)
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_parent(parent: int):
+    """A worker whose torchrun is gone ends too, so that a second start does not meet it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def rank() -> int:
@@ -1305,6 +1427,11 @@ def gather(part: dict) -> dict:
     parts = [None] * world_size()
     dist.all_gather_object(parts, part)
     return {k: v for p in parts for k, v in p.items()}
+
+
+def agreed(value):
+    """Rank 0's value on all ranks, of what another process may change between two looks."""
+    return gather({0: value} if rank() == 0 else {})[0]
 
 
 def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
@@ -1358,6 +1485,7 @@ def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[
     for optimizer in optimizers:
         if not run.skipped:
             optimizer.step()
+            run.taken += 1
         optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -1410,6 +1538,10 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
     add("--steps", type=count, help="optimiser steps")
     add("--lr", type=positive, help="peak learning rate")
+    add("--image-tokens", help="most tokens an image may have, its shape kept, or HEIGHTxWIDTH in "
+        "pixels (default: 256, tiny: its own 4; release's pre-training: 280x420)")
+    if "batch_tokens" in next(iter(table.values())):
+        add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
         "changes no gradient; one row or one prompt's answers at least (default: 16384)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
@@ -1433,16 +1565,23 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     """Fill what is left open from STRUCTURE and `defaults`, one kind of a script's DEFAULTS, and
     join the process group."""
     scale = scale_of(args.model)
+    if os.path.isdir(args.model) and scale == "full":
+        args.model = os.path.abspath(args.model)
+    if args.image_tokens is None and scale == "full":
+        args.image_tokens = "256"
+    if not re.fullmatch(r"[1-9]\d*|[1-9]\d*x[1-9]\d*", args.image_tokens or "1"):
+        raise UserError(f"--image-tokens {args.image_tokens}: neither a number nor HEIGHTxWIDTH")
     for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    init_distributed(args.device)
+    init_distributed(args)
     return args
 
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
-PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root")
+PROPAGATED = ("model", "paired", "text", "image_root", "image_tokens", "run_root", "seed",
+              "tokens_at_once", "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task",
+              "task_root")
 
 
 def model_root(args) -> Path:
@@ -1474,7 +1613,7 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
     have it; its steps, learning rate and seed are its own. --parent may differ in the task.
     """
     folder = Path(args.parent) if args.parent else folder_of(args, stage)
-    if (folder / "model.safetensors").exists():
+    if agreed((folder / "model.safetensors").exists()):
         had = {k: v for k, v in read_config(folder)["identity"].items()
                if None not in (v, identity.get(k))}
         now = {k: identity[k] for k in had}
@@ -1490,10 +1629,12 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
         lock(folder).close()                        # is another process working on it?
     usual = vars(module.arguments().parse_args([*flags, "--model", args.model]))
     usual |= STRUCTURE[scale_of(args.model)]
+    usual["image_tokens"] = None if args.model == "tiny" else "256"
     wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
     if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
         wanted |= {name: value for name, value in read_config(folder)["args"].items()
-                   if name in usual and name not in NOT_COMPARED}
+                   if name in usual and (name not in NOT_COMPARED
+                                         or name in ("judge_url", "parent"))}
     argv = ["--model", args.model, *flags]
     for name, value in wanted.items():
         if value != usual[name]:
@@ -1517,8 +1658,9 @@ def file_hash(path: Path) -> str:
 
 
 def file_identity(path: str, whole: bool = False) -> str:
-    """Name, size and a hash of a data file: of the whole, or of its first and last MiB."""
-    with open(path, "rb") as f:
+    """Name, size and a hash of a data file: of the whole, or of its first and last MiB. A weight
+    (FILE=WEIGHT) stays part of the name."""
+    with open(path if os.path.exists(path) else path.rpartition("=")[0] or path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         data = f.read() if whole else f.read(2 ** 20)
         f.seek(max(0, size - 2 ** 20))
@@ -1530,7 +1672,8 @@ def read_config(folder) -> dict:
     """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
-        if {"args", "identity", "base", "parent", "sha256"} <= set(config):
+        if {"args", "identity", "base", "parent", "sha256"} <= set(config) and \
+                isinstance(config["args"], dict) and isinstance(config["identity"], dict):
             return config
         reason = "it is no config of a run"
     except (OSError, ValueError, TypeError) as error:
@@ -1560,7 +1703,7 @@ def lock(folder: Path):
     file = open(folder / "state" / "lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{folder}: another process is working on this run; wait for it, or take "
                         "--name") from None
     return file
@@ -1607,6 +1750,7 @@ class Run:
         `identity` is what runs that start from this one must share, `more` enters config.json."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
         self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
+        self.taken = 0                              # optimiser steps
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):
             self.lock = lock(self.folder)           # never under another process's feet
@@ -1651,18 +1795,21 @@ class Run:
         path, saved = self.folder / "state" / "last.pt", {"step": 0, "logs": {}}
         if path.exists():
             try:
+                if zipfile.ZipFile(path).testzip():
+                    raise ValueError("checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 for name, thing in state.items():
                     strict = {"strict": False} if isinstance(thing, nn.Module) else {}
                     thing.load_state_dict(saved["state"][name], **strict)
-                self.skipped, self.skipped_all = saved["skipped"]
+                self.skipped, self.skipped_all, self.taken = saved["counts"]
             except Exception as error:
                 raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"
                                 " --fresh starts the run again") from None
             say(f"continuing {self.folder} at step {saved['step']}")
         for name in LOGS if rank() == 0 else ():
             if (self.folder / name).exists():
-                os.truncate(self.folder / name, saved["logs"].get(name, 0))
+                size = (self.folder / name).stat().st_size
+                os.truncate(self.folder / name, min(size, saved["logs"].get(name, 0)))
         barrier()
         self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
                         disable=rank() != 0, smoothing=0.1, mininterval=1.0)
@@ -1692,7 +1839,11 @@ class Run:
         """Atomic checkpoint of `state` after `step` steps, about once a minute and after the
         last."""
         if rank() == 0 and (step == self.steps or time.time() - self.saved >= SAVE_SECONDS):
-            saved = {"step": step, "skipped": [self.skipped, self.skipped_all],
+            for name in LOGS:                       # on disk before what counts them is
+                if (self.folder / name).exists():
+                    with open(self.folder / name, "rb") as f:
+                        os.fsync(f.fileno())
+            saved = {"step": step, "counts": [self.skipped, self.skipped_all, self.taken],
                      "state": {name: trained(thing) for name, thing in state.items()},
                      "logs": {name: (self.folder / name).stat().st_size for name in LOGS
                               if (self.folder / name).exists()}}
@@ -1711,7 +1862,14 @@ class Run:
             atomic(file, lambda path: path.write_text(text))
 
     def finish(self, **modules: nn.Module):
-        """Write model.safetensors (only what this stage trained), its hash first, drop state/."""
+        """Write model.safetensors (only what this stage trained), its hash first, drop state/.
+        Raises `UserError`, status 3, if not one optimiser step was taken: nothing was learnt."""
+        if not self.taken:
+            error = UserError(f"{self.folder}: no optimiser step was taken (no answers of a group "
+                              "differed in reward?): the weights are those it started from, and "
+                              "nothing is written")
+            error.status = 3
+            raise error
         def write(path):
             save_file({f"{name}.{key}": value.cpu().contiguous()
                        for name, module in modules.items()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import eval as tasks
 import train_idm
-from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, count, fill,
+from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, fill,
                    folder_of, held_batches, key_seed, launch, make_parser, next_batches,
                    optimizer_step, predecessor, text_positions, token_logprobs)
 from train_projector import ensure_base
@@ -35,13 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LATENT_SFT = {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
+              "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}
 DEFAULTS = {   # the full-scale learning rates are the release's
     "bc": {"tiny": {"steps": 200, "lr": 1e-3, "batch_tokens": 2048},
            "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}},
-    "clone": {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
-              "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}},
-    "release": {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
-                "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}},
+    "clone": LATENT_SFT, "release": LATENT_SFT,
     "token": {"tiny": {"steps": 40, "lr": 1e-4, "batch_tokens": 2048},
               "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}}
 
@@ -55,7 +54,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
     add("--sft", default="clone", choices=("clone", "release"),
         help="latent SFT: clone codes (ours) or the release's way (default: clone)")
-    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of row")
     return parser
 
 
@@ -222,7 +220,7 @@ def main(argv=None):
     elif task.splits["valid"]:
         table, samples = tasks.evaluate(agent.eval(), task, {"valid": task.splits["valid"]},
                                         args.seed, args.tokens_at_once)
-        run.report("reward, validation prompts", table)
+        run.report("reward, validation prompts", tasks.without_dimensions(task, table))
         run.append("samples.jsonl", samples[:20])
     run.finish(**modules)
 

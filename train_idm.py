@@ -20,7 +20,7 @@ import argparse
 
 import eval as tasks
 import train_projector
-from model import (Agent, Batch, Run, all_sum, corpora, cosine, count, fill, folder_of,
+from model import (Agent, Batch, Run, UserError, all_sum, corpora, cosine, fill, folder_of,
                    held_batches, keyed_gumbel, launch, make_parser, next_batches, optimizer_step,
                    predecessor, say, token_logprobs, within)
 from train_projector import ensure_base, projector_counts, projector_losses, projector_report
@@ -39,7 +39,6 @@ DEFAULTS = {"idm": {"tiny": {"steps": 250, "lr": 1e-3, "batch_tokens": 2048},
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of corpus")
     add("--paired-steps", type=within(int, 0), default=0,
         help="on paired rows alone before text-only rows join (default: 0)")
     return parser
@@ -118,6 +117,8 @@ def main(argv=None):
     args = fill(arguments().parse_args(argv), DEFAULTS["idm"])
     identity = tasks.identity(args, "paired", "text")
     ensure_base(args)
+    if args.no_projector and args.parent:
+        raise UserError("--parent: without a projector this stage starts from the base alone")
     parent = None if args.no_projector else predecessor(args, identity, "projector",
                                                         train_projector)
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)

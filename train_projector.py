@@ -21,9 +21,9 @@ import shutil
 
 import eval as tasks
 from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
-                   Qwen2VLImageProcessorPil, Run, Stream, UserError, all_sum, barrier, corpora,
-                   cosine, count, fill, folder_of, held_batches, key_seed, launch, make_parser,
-                   model_root, next_batches, optimizer_step, rank, read_config, say,
+                   Qwen2VLImageProcessorPil, Run, Stream, UserError, agreed, all_sum, barrier,
+                   corpora, cosine, device_of, fill, folder_of, held_batches, key_seed, launch,
+                   make_parser, model_root, next_batches, optimizer_step, rank, read_config, say,
                    token_logprobs, within)
 
 import torch
@@ -47,7 +47,6 @@ BASE_TOKENS = 3072
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--batch-tokens", type=count, help="tokens a step over all ranks, of each kind of corpus")
     add("--paired-steps", type=within(int, 0), help="of step 1, before text-only rows join "
         "(default: half)")
     return parser
@@ -216,7 +215,7 @@ def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
                                                        image_grid_thw=batch.grids)
     features = torch.stack(list(getattr(features, "pooler_output", features)))     # (n, 4, d)
     logps = F.log_softmax(features @ agent.backbone.lm_head.weight.T, -1)
-    words = torch.stack([words[i] for i in batch.row_ids])
+    words = torch.stack([words[i] for i in batch.row_ids]).to(features.device)
     return -logps.gather(-1, words).mean((1, 2)).sum()
 
 
@@ -243,20 +242,24 @@ def ensure_base(args):
     folder, identity = model_root(args) / "base", {"world": f"mini {tasks.MINI_VERSION}"}
     if args.model != "tiny":
         return
-    if (folder / "model.safetensors").exists():
+    if agreed((folder / "model.safetensors").exists()):
         made_for = read_config(folder / "pretraining")["identity"]
         if made_for != identity:
             raise UserError(f"{folder} knows {made_for['world']}, this is {identity['world']}; use "
                             "another --run-root")
         return
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
+    seed = args.seed
+    if (folder / "pretraining" / "state" / "last.pt").exists():     # it goes on as it was started
+        seed = read_config(folder / "pretraining")["args"]["seed"]
     texts = [m["content"] for kind in ("caption", "base", "text")
-             for row in tasks.mini_corpus(kind, 1500, args.seed) for m in row["messages"]]
-    model, tokenizer, processor = tiny_base(texts, args.seed)
+             for row in tasks.mini_corpus(kind, 1500, seed) for m in row["messages"]]
+    model, tokenizer, processor = tiny_base(texts, seed)
+    model = model.to(device_of(args))
     encoder = Encoder(tokenizer, processor, model.config)
     agent = Agent(model, encoder, {})
     plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
-    run = Run(argparse.Namespace(seed=args.seed, steps=len(plan), fresh=False),
+    run = Run(argparse.Namespace(seed=seed, steps=len(plan), fresh=False),
               folder / "pretraining", agent, identity)
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
@@ -266,9 +269,9 @@ def ensure_base(args):
     adamw = torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices],
                               betas=(0.9, 0.95), weight_decay=0.0)
     rows = {phase: [row for kind, n in kinds.items()
-                    for row in tasks.mini_corpus(kind, n, key_seed(args.seed, phase))]
+                    for row in tasks.mini_corpus(kind, n, key_seed(seed, phase))]
             for phase, kinds in BASE_ROWS.items()}
-    streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(args.seed, phase))
+    streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(seed, phase))
                for phase in rows}
     words = dict(zip((row["id"] for row in rows["align"]), cell_words(rows["align"], tokenizer)))
     state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}

@@ -22,7 +22,7 @@ import copy
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import eval as tasks
@@ -58,7 +58,8 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4, "min_p": 0.1},
+MIN_P = 0.1                         # the default for the mini world's latent runs, 0 elsewhere
+DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4, "min_p": 0.0},
                        "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}},
             "token": {"tiny": {"steps": 80, "lr": 2.5e-4, "min_p": 0.0},
                       "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}}}
@@ -66,8 +67,9 @@ MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
 SAMPLE_EVERY = 20                   # steps between rows of samples.jsonl
-# Of log ratios before any update; in bfloat16 a logit of 16 to 32 is rounded to an eighth.
-RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+# Of the mean distance of the rollout's log-probs from the update's; bf16 rounds a logit of 16 to an
+# eighth.
+ROLLOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -94,24 +96,23 @@ def arguments() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=count, help="longest answer (default: the task's)")
     add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
     add("--min-p", type=within(float, 0, 1), help="outside the paper: codes cannot choose tokens "
-        "less likely under the backbone than this share of its best; 0 is off")
+        "less likely under the backbone than this share of its best (default: 0, off; mini: 0.1)")
     add("--inner-epochs", type=count, default=1, help="passes over each rollout (default: 1)")
     add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
         "no evaluation (default: valid, tiny: id ood); tune on valid")
     return parser
 
 
-def resolve_algorithm(args, ranks: int = 1) -> Algorithm:
-    """The table's row with the flags' overrides; impossible combinations are refused here."""
+def fill_algorithm(args, ranks: int = 1):
+    """Fill what the flags leave open from the table's row; refuse impossible combinations."""
+    for name, value in vars(ALGORITHMS[args.algo]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if args.min_p and args.action_space == "token":
         raise UserError("--min-p with --action-space token would sample from another support than "
                         "is scored; train without it and give it to eval.py")
     if args.prompts < ranks:
         raise UserError(f"--prompts {args.prompts} is less than the {ranks} ranks; raise it")
-    given = {name: value if isinstance(value, (str, float)) else tuple(value)
-             for name in vars(ALGORITHMS[args.algo])
-             if (value := getattr(args, name)) is not None}
-    return replace(ALGORITHMS[args.algo], **given)
 
 
 # ---- Rewards and advantages: pure functions -------------------------------------------------
@@ -226,7 +227,7 @@ class Prompts:
     """The task's RL prompts in an endless order that depends on the seed alone."""
 
     def __init__(self, rows: list[dict], seed: int):
-        self.rows, self.seed, self.cursor = rows, seed, 0
+        self.rows, self.seed, self.cursor, self.epoch = rows, seed, 0, None
 
     def state_dict(self) -> dict:
         return {"cursor": self.cursor}
@@ -238,14 +239,15 @@ class Prompts:
         taken = []
         for _ in range(n):
             epoch, place = divmod(self.cursor, len(self.rows))
-            order = list(range(len(self.rows)))
-            random.Random(key_seed(self.seed, "prompts", epoch)).shuffle(order)
-            taken.append(self.rows[order[place]])
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(len(self.rows)))
+                random.Random(key_seed(self.seed, "prompts", epoch)).shuffle(self.order)
+            taken.append(self.rows[self.order[place]])
             self.cursor += 1
         return taken
 
 
-def play(agent: Agent, task, rows: list[dict], places: list[int], args, algorithm: Algorithm,
+def play(agent: Agent, task, rows: list[dict], places: list[int], args,
          key: tuple) -> tuple[list[tuple[Rollout, list[int]]], dict[int, dict]]:
     """Roll out and judge this rank's share of a round, in parts of --tokens-at-once.
 
@@ -275,25 +277,26 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args, algorith
         rewards = [task.reward(reply) for reply in own]
         rewards = torch.tensor([math.nan if r is None else r for r in rewards])
         overlong = overlong_punishment(group["lengths"], task.max_new_tokens)
-        group |= {"rewards": rewards, "shaped": rewards + overlong if "overlong" in
-                  algorithm.extras else rewards, "seconds_rollout": (rolled - began) / len(rows),
+        group |= {"rewards": rewards,
+                  "shaped": rewards + overlong if "overlong" in args.extras else rewards,
+                  "seconds_rollout": (rolled - began) / len(rows),
                   "seconds_judge": (time.time() - rolled) / len(rows)}
     return parts, groups
 
 
-def collect(agent: Agent, task, prompts: Prompts, args, algorithm: Algorithm, step: int):
+def collect(agent: Agent, task, prompts: Prompts, args, step: int):
     """The step's rollouts on this rank, all groups of all ranks, and the places that train.
 
     Dynamic sampling keeps groups whose task reward (before the overlong term) varies and refills
     up to REFILLS more rounds; the same decision on every rank, surplus groups are cut.
     """
-    dynamic = "dynamic-sampling" in algorithm.extras
+    dynamic = "dynamic-sampling" in args.extras
     parts, groups, kept = [], {}, []
     for attempt in range(1 + REFILLS * dynamic):
         rows, played = prompts.next(args.prompts), len(groups)
         mine = range(rank(), len(rows), world_size())
         new_parts, new_groups = play(agent, task, [rows[i] for i in mine],
-                                     [played + i for i in mine], args, algorithm,
+                                     [played + i for i in mine], args,
                                      (args.seed, "rl", step, attempt))
         parts += new_parts
         groups |= dict(sorted(gather(new_groups).items()))
@@ -311,8 +314,7 @@ def varies(rewards: Tensor) -> bool:
 
 
 def micro_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
-                  chosen: list[int], args, algorithm: Algorithm,
-                  bounds) -> list[tuple[Rollout, Tensor, Tensor]]:
+                  chosen: list[int], args, bounds) -> list[tuple[Rollout, Tensor, Tensor]]:
     """(rollout, advantages (N,), loss mask (N, T)) of the chosen places on this rank, in whole
     groups, so that a prompt is one pass of the policy for all its answers."""
     batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
@@ -323,70 +325,100 @@ def micro_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict
         per = max(1, args.tokens_at_once // width)
         for some in (index[i:i + per] for i in range(0, len(index), per)):
             rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
-            A = advantages(rewards, algorithm.scale, bounds, all_p[~all_p.isnan()])
+            A = advantages(rewards, args.scale, bounds, all_p[~all_p.isnan()])
             part, judged = r.select(some), ~rewards.isnan().view(-1, 1).to(r.mask.device)
             batches.append((part, A.view(-1).to(r.mask.device), part.mask & judged))
     return batches
 
 
 def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
-           args, algorithm: Algorithm, task) -> dict[str, float]:
+           args, task) -> dict[str, float]:
     """Inner epochs x minibatches of optimiser steps on the kept groups; global figures.
 
     Denominators are counted over all ranks once per optimiser step, before any backward.
     """
-    bias, kept = agent.token_bias if agent.space == "token" else None, list(groups)
-    totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss"), 0.0)
-    ratio_error, norms = 0.0, []
-    for minibatch in range(args.inner_epochs * MINIBATCHES):
-        k = minibatch % MINIBATCHES                     # consecutive places: spread over the ranks
-        places = kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
-        batches = micro_batches(parts, groups, places, args, algorithm, task.bounds)
+    bias = agent.token_bias if agent.space == "token" else None
+
+    def statistics(r, mask, reference=None):                                   # (K,) each
+        with agent.autocast():
+            h, ref_h = replay(agent.policy, r)[mask], None                     # (K, d)
+            if reference is not None:
+                with torch.no_grad():
+                    ref_h = replay(reference, r)[mask]
+            return action_statistics(agent.policy, h, r.actions[mask], args.temperature, bias,
+                                     reference, ref_h)
+
+    totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
+    kept, norms, worst = list(groups), [], 0.0
+    steps = [kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
+             for k in range(MINIBATCHES)]               # consecutive places: spread over the ranks
+    steps = [(places, micro_batches(parts, groups, places, args, task.bounds))
+             for places in steps]
+    several = args.inner_epochs * MINIBATCHES > 1
+    with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
+        old = {id(r): statistics(r, mask)[0] for _, batches in steps for r, _, mask in batches
+               if several and mask.any()}
+    for places, batches in steps * args.inner_epochs:
         own_tokens = sum(int(mask.sum()) for *_, mask in batches)
         n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
                      "tokens": own_tokens})
         if not n["tokens"]:  # no step: AdamW's momentum alone would move the policy
             continue
-        if algorithm.aggregate == "local":
+        if args.aggregate == "local":
             n["tokens"] = max(1, own_tokens) * world_size()
         for r, A, mask in batches:
             if not mask.any():
                 continue
-            with agent.autocast():
-                h, ref_h = replay(agent.policy, r)[mask], None                 # (K, d)
-                if reference is not None:
-                    with torch.no_grad():
-                        ref_h = replay(reference, r)[mask]
-                logps, entropy, ref_logps, exact = action_statistics(
-                    agent.policy, h, r.actions[mask], args.temperature, bias, reference, ref_h)
-            answer, old_logps = mask.nonzero()[:, 0], r.logps[mask]
-            loss = surrogate(logps, old_logps, A[answer], *algorithm.clip)
+            logps, entropy, ref_logps, exact = statistics(r, mask, reference)
+            answer, old_logps = mask.nonzero()[:, 0], old.get(id(r), logps.detach())
+            loss = surrogate(logps, old_logps, A[answer], *args.clip)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 kl = exact if args.kl == "exact" else k3(logps, ref_logps)
-                loss = loss + algorithm.beta * kl
-            weights = token_weights(algorithm.aggregate, mask.sum(1), n["sequences"], n["tokens"],
+                loss = loss + args.beta * kl
+            weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], n["tokens"],
                                     task.max_new_tokens)
             loss = (loss * weights[answer]).sum()
             loss.backward()
-            log_ratio = (logps - old_logps).detach()
-            low, high = algorithm.clip
-            clipped = (log_ratio.exp() < 1 - low) | (log_ratio.exp() > 1 + high)
-            for name, part in zip(totals, (entropy, kl, clipped, mask, loss)):
-                totals[name] += part.detach().sum()
+            figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
+                       "clipped": is_clipped(logps - old_logps, A[answer], *args.clip)}
             if not norms:                               # nothing has been updated yet
-                ratio_error = max(ratio_error, log_ratio.abs().max().item())
+                distance = (old_logps - r.logps[mask]).abs()
+                figures["distance"], worst = distance, max(worst, distance.max().item())
+            totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
+        if not norms:
+            check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
         row_ids = [groups[place]["id"] for place in places]
         norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
-    totals = all_sum(totals)
-    ratio_error = max(gather({rank(): ratio_error}).values())
-    if ratio_error > RATIO_TOLERANCE[agent.dtype]:
-        raise AssertionError(f"ratio is not 1 before the first update: {ratio_error}; the rollout "
-                             "and the update disagree")
+    totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
     tokens = max(1.0, totals["tokens"])
     return {"loss": totals["loss"] / max(1, len(norms)), "kl": totals["kl"] / tokens,
             "entropy": totals["entropy"] / tokens, "clip_fraction": totals["clipped"] / tokens,
-            "grad_norm": norms[-1] if norms else 0.0, "ratio_error": ratio_error}
+            "grad_norm": norms[-1] if norms else 0.0, "ratio_error": worst}
+
+
+def is_clipped(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Tokens whose gradient the clip removes: the ratio has left on the advantage's side, (K,)."""
+    ratio = log_ratio.exp()
+    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+
+
+def check_rollout(dtype: torch.dtype, distance: dict[str, float]):
+    """Before any step: the rollout's log-probs must be the update's, up to rounding."""
+    mean = distance["d"] / max(1.0, distance["n"])
+    if mean > ROLLOUT_TOLERANCE[dtype]:
+        raise AssertionError(f"log-probs of rollout and update differ by {mean:.2g} on average, "
+                             f"more than {dtype} can: the two disagree")
+
+
+def refuse_unjudged(step: int, groups: dict[int, dict]):
+    """A judge that fails on most answers says nothing: stop before anything is learnt or logged,
+    so that the same command, once it answers again, gives what an undisturbed run would."""
+    rewards = torch.cat([group["rewards"] for group in groups.values()])
+    failed = int(rewards.isnan().sum())
+    if failed > len(rewards) / 2:
+        raise UserError(f"step {step}: {failed} of {len(rewards)} answers could not be judged; see "
+                        "to the judge, then run the same command again")
 
 
 def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
@@ -407,8 +439,10 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
 
 def main(argv=None):
     args = arguments().parse_args(argv)
+    if args.min_p is None and args.task == "mini" and args.action_space == "latent":
+        args.min_p = MIN_P
     fill(args, DEFAULTS[args.action_space])
-    algorithm = resolve_algorithm(args, world_size())
+    fill_algorithm(args, world_size())
     identity = tasks.identity(args, "paired", "text", "task")
     parent = predecessor(args, identity, train_bc.stage_of(
         "token" if args.action_space == "token" else "clone", args.task), train_bc,
@@ -425,23 +459,33 @@ def main(argv=None):
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     stage = f"rl-{Path(args.task).name.split('.')[0]}-{args.algo}-{args.action_space}-s{args.seed}"
     run = Run(args, folder_of(args, stage, args.name), agent, identity, parent,
-              algorithm=vars(algorithm), max_new_tokens=task.max_new_tokens)
+              max_new_tokens=task.max_new_tokens)
     if run.finished:
         return
     modules = agent.train_only("policy")
-    initial = copy.deepcopy(agent.policy).requires_grad_(False)     # the start, the KL's reference
-    reference = initial if algorithm.beta > 0 else None
+    wanted = args.splits if args.splits is not None else \
+        ["id", "ood"] if args.model == "tiny" else ["valid"]
+    splits = {name: task.splits[name] for name in wanted if task.splits[name]}
+    n_prompts = sum(map(len, splits.values()))
+    if args.judge_url:
+        say(f"judge calls: {args.prompts * args.group_size} a step at least, and {10 * n_prompts} "
+            "for the evaluation before and after")
+    initial = None                                  # the start, and the KL's reference
+    if args.beta or splits:
+        initial = copy.deepcopy(agent.policy).requires_grad_(False)
+    reference = initial if args.beta else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)
     prompts = Prompts(task.splits["rl"], args.seed)
     state = {**modules, "optimizer": optimizer, "prompts": prompts}
     for step in range(run.resume(state), args.steps):
-        parts, groups, kept = collect(agent, task, prompts, args, algorithm, step)
+        parts, groups, kept = collect(agent, task, prompts, args, step)
+        refuse_unjudged(step, groups)
         began, lr = time.time(), args.lr * min(1.0, (step + 1) / 5)
         figures = {**step_figures(groups, agent.space), "groups": len(kept)}
         if kept:      # else AdamW's momentum alone would move the policy
             figures |= update(agent, reference, optimizer, lr, run, parts,
-                              {place: groups[place] for place in kept}, args, algorithm, task)
+                              {place: groups[place] for place in kept}, args, task)
         seconds = {name: sum(group[name] for group in groups.values()) / world_size()
                    for name in ("seconds_rollout", "seconds_judge")}
         seconds["seconds_update"] = time.time() - began
@@ -454,17 +498,13 @@ def main(argv=None):
                  "reward": None if math.isnan(reward) else reward}
                 for text, reward in zip(groups[0]["texts"], groups[0]["rewards"].tolist())])
         run.save(step + 1, state)
-    wanted = args.splits if args.splits is not None else \
-        ["id", "ood"] if args.model == "tiny" else ["valid"]
-    splits = {name: task.splits[name] for name in wanted if task.splits[name]}
     if splits:
-        say(f"evaluating the start and the trained policy on {sum(map(len, splits.values()))} "
-            "fixed prompts")
-        predictions = {}
+        say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
+        predictions, modes = {}, {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
         for name, policy in (("before", initial), ("after", agent.policy)):
             agent.policy = policy
             _, predictions[name] = tasks.evaluate(agent.eval(), task, splits, args.seed,
-                                                  args.tokens_at_once)
+                                                  args.tokens_at_once, modes)
         run.report("reward", tasks.gain_table(task, predictions["before"], predictions["after"]))
         first = {name: of[0] for name, of in predictions.items()}
         say(f"one prompt ({first['before']['id']}): {first['before']['prompt'][-1]['content']}",

@@ -129,7 +129,6 @@ def task_flags(parser: argparse.ArgumentParser):
     add("--judge-url", help="OpenAI-compatible endpoint of an LLM judge, its key in $JUDGE_API_KEY;"
         " else mini has its rules and other tasks word overlap with the reference")
     add("--judge-model", help="the judge's model name at that endpoint")
-    add("--judge-prompt", type=os.path.abspath, help="file to replace JUDGE_PROMPT of eval.py")
 
 
 def identity(args, *kinds: str) -> dict:
@@ -169,7 +168,7 @@ def load_task(args) -> Task:
             task = read(Path(args.task_root))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--task-root {args.task_root}: its files are not in {args.task}'s "
-                            f"published form ({error!r}); see README, Real tasks") from None
+                            f"published form ({error!r}); see README, Judges") from None
     else:
         task = file_task(args.task, args.image_root)
     if args.judge_url or args.judge_model:
@@ -607,8 +606,6 @@ def file_task(file: str, image_root=None) -> Task:
     that an LLM judge scores, all the same ones; the default is MMRole's eight."""
     splits, unassigned, dimensions = {split: [] for split in SPLITS}, [], None
     for row, _ in read_rows(file, image_root):
-        if isinstance(row, UserError):
-            raise row
         *asked, last = row["messages"]
         if last["role"] != "assistant" or "<image>" in last["content"] \
                 or "user" not in [m["role"] for m in asked]:
@@ -971,12 +968,7 @@ class Endpoint:
 def endpoint_judge(args, dimensions):
     """An LLM judge: `Task.judge`. A judgement that fails for good is a malformed reply or None: no
     score, left out and counted."""
-    endpoint, template = Endpoint(args), JUDGE_PROMPT
-    if args.judge_prompt:
-        template = Path(args.judge_prompt).read_text(encoding="utf-8", errors="replace")
-        for field in ("{answer}", "{reference}", "{dimensions}"):
-            if field not in template:
-                raise UserError(f"--judge-prompt {args.judge_prompt}: lacks {field}")
+    endpoint = Endpoint(args)
     form = f"{dimensions[0]}: ... [Scores]: (a, b)"
     complaint = ("Your reply does not have the form that was asked for. Write one line for each of "
                  f"these dimensions and nothing else: {', '.join(dimensions)}. The form of each "
@@ -984,13 +976,13 @@ def endpoint_judge(args, dimensions):
 
     def judge(rows: list[dict], answers: list[str]) -> list[str | None]:
         return endpoint.complete(
-            [judge_prompt(template, form, dimensions, row, answer)
+            [judge_prompt(form, dimensions, row, answer)
              for row, answer in zip(rows, answers, strict=True)],
             lambda reply: parse_reply(reply, dimensions) is not None, complaint)
     return judge
 
 
-def judge_prompt(template: str, form: str, dimensions, row: dict, answer: str) -> str:
+def judge_prompt(form: str, dimensions, row: dict, answer: str) -> str:
     """The judge's prompt, filled in one pass: braces in an answer stay what they are."""
     said = [m for m in row["messages"][:-1] if m["role"] != "system"]
     values = {
@@ -1000,7 +992,7 @@ def judge_prompt(template: str, form: str, dimensions, row: dict, answer: str) -
                                   for m in said),
         "dimensions": "\n".join(f"- {d}: {MEANING.get(d, 'as the name says')}"
                                 for d in dimensions), "form": form}
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), JUDGE_PROMPT)
 
 
 def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
@@ -1284,6 +1276,7 @@ def main(argv=None):
                             for row in predictions)
             atomic(out / "predictions.jsonl", lambda path: path.write_text(lines))
             atomic(out / "summary.json", lambda path: path.write_text(json.dumps(table, indent=1)))
+            say(f"wrote predictions.jsonl and summary.json to {out}")
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
         say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
             "gives all the same")

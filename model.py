@@ -292,8 +292,6 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
 
     Safetensors only, no remote code. Raises `UserError` for anything that is not Qwen2.5-VL.
     """
-    if str(path).startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"--model {path}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
@@ -514,7 +512,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """The one function behind every module: states of text tokens (B, M, d), detached."""
+        """States of text tokens (B, M, d), detached: what every module reads."""
         return self.project(self.embeddings(batch), batch.has_image)
 
     def idm_logits(self, states: Tensor) -> Tensor:
@@ -547,12 +545,11 @@ class Agent(nn.Module):
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
              temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> str:
         """One answer to one message; `image` is a path or PIL image, `history` earlier turns."""
-        if self.policy is None or "<image>" in message:
-            raise UserError("chat: this run has no policy; load an sft-* or rl-* run"
-                            if self.policy is None else
-                            "chat: give the picture as `image`, not as <image> in the message")
+        if self.policy is None:
+            raise UserError("chat: this run has no policy; load an sft-* or rl-* run")
         messages = [{"role": "system", "content": system}] if system else []
-        content = ("<image>" if image is not None else "") + message
+        placed = image is None or "<image>" in message
+        content = message if placed else "<image>" + message
         row = {"id": "chat", "messages": messages + (history or []) +
                [{"role": "user", "content": content}],
                "images": [image] if image is not None else []}
@@ -662,7 +659,7 @@ def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperatur
     x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
 
     uniform (N, T) in [0, 1) fixes the draws. Finished answers leave the batch every `check_every`
-    tokens, which is also the only host sync. Returns tokens (N, T), actions (N, T), their
+    tokens, which is also the loop's only host sync. Returns tokens (N, T), actions (N, T), their
     log-probs (N, T) and the policy's inputs (N, T, d).
     """
     def each(x):                                    # a prompt's tensor for each of its answers
@@ -844,29 +841,27 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
         elif "text" in raw:      # in web text `<image>` is a tag of its own, no place for a picture
             turns = [("assistant", raw["text"].replace("<image>", "<img>"))]
         else:
-            raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Data")
+            raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Rows")
         if not turns:
             raise UserError(f"{where}: `messages` is empty; fix or remove the row")
         messages = []
         for role, content in turns:
             if role not in ROLES:
-                raise UserError(f"{where}: role {role!r:.50} is not system, user or assistant")
+                raise UserError(f"{where}: role {role!r:.50} is not system, user or "
+                                "human, assistant or gpt")
             if isinstance(content, list):               # typed blocks
                 content = "".join("<image>" if block["type"].startswith("image") else block["text"]
                                   for block in content)
             messages.append({"role": ROLES[role], "content": content})
         images = raw.get("images", raw.get("image")) or []
         images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
-        placeholders = sum(m["content"].count("<image>") for m in messages)
-        if images and placeholders == 0:    # leading if absent: before the first user message
+        if images and not any("<image>" in m["content"] for m in messages):
+            # Leading if absent: before the first user message.
             first = next(m for m in messages if m["role"] == "user")
             first["content"] = "<image>" * len(images) + "\n" + first["content"]
-        elif placeholders != len(images):
-            raise UnusableRow(f"{where}: {placeholders} `<image>` placeholders but {len(images)} "
-                              "images")
         images = [str(Path(image_root or folder) / image) for image in images]
     except (AttributeError, KeyError, StopIteration, TypeError) as error:
-        raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Data"
+        raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Rows"
                         ) from None
     kept = {k: v for k, v in raw.items() if k not in ("conversations", "image")}
     return {**kept, "messages": messages, "images": images, "id": str(raw.get("id", row_id)),
@@ -874,7 +869,7 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
 
 
 def read_rows(file, image_root: str | None = None, position=(0, 0), place: int = 0):
-    """Yield (row or `UnusableRow`, next position) of a JSON or JSONL file, `.gz` too.
+    """Yield (row, next position) of a JSON or JSONL file, `.gz` too.
 
     JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
     (byte offset or array index, line number). A row without an id is named by the file's `place`
@@ -884,10 +879,7 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
     where = str(path)
 
     def row(raw, mark):
-        try:
-            return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}{mark}")
-        except UnusableRow as error:
-            return error
+        return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}{mark}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -1065,6 +1057,9 @@ class Encoder:
         included (task rows)."""
         where = row.get("where", f"row {row['id']}")
         said = "\n".join(m["content"] for m in row["messages"])
+        if said.count("<image>") != len(row["images"]):
+            raise UnusableRow(f"{where}: {said.count('<image>')} `<image>` placeholders but "
+                              f"{len(row['images'])} images; make them equal")
         for token in self.reserved:
             if token in said:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
@@ -1173,8 +1168,9 @@ class Stream:
 
     def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
                  image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
-                 hold_out: int = 0, responses_only: bool = False):
+                 hold_out: int = 0, responses_only: bool = False, pictures: bool | None = None):
         self.encoder, self.seed, self.responses_only = encoder, seed, responses_only
+        self.pictures = pictures                        # whether rows must have some, or None
         self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
         files = source if source and isinstance(source[0], str) else [source]
         self.sources = [Source(file, place, image_root) for place, file in enumerate(files)]
@@ -1206,9 +1202,10 @@ class Stream:
         if id(row) in self.encoded:
             return self.encoded[id(row)]
         try:
-            if isinstance(row, UnusableRow):
-                raise row
             messages = list(row["messages"])
+            if self.pictures not in (None, bool(row["images"])):
+                raise UnusableRow(f"{row.get('where', row['id'])}: has {len(row['images'])} images,"
+                                  " but --paired takes rows with and --text rows without")
             example = self.encoder.encode(row, False, self.responses_only)
             while len(example) > self.max_tokens and len(messages) > 1:
                 messages.pop()
@@ -1317,7 +1314,7 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
         source = getattr(args, kind) or (None if args.paired else embedded(kind, seed))
         if source:
             streams[kind] = Stream(source, encoder, args.batch_tokens, seed, args.image_root,
-                                   hold_out=96)
+                                   hold_out=96, pictures=kind == "paired")
     held = {"id": streams["paired"].held_out}
     if not args.paired:
         held["ood"] = [encoder.encode(row)
@@ -1340,10 +1337,11 @@ def launch(main):
         remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
         said = " ".join(f"{error}{remedy}".split())
         said = said if len(said) < 1200 else f"{said[:800]} ... {said[-300:]}"
-        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr, flush=True)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
         status = getattr(error, "status", 2)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted: the same command goes on from the last checkpoint, if one was "
+                   "made", file=sys.stderr)
         status = 130
     if status and dist.is_initialized():
         os._exit(status)        # at once: another rank may wait for this one's prefetching thread
@@ -1567,6 +1565,8 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     scale = scale_of(args.model)
     if os.path.isdir(args.model) and scale == "full":
         args.model = os.path.abspath(args.model)
+    if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
+        raise UserError(f"--model {args.model}: no such folder")
     if args.image_tokens is None and scale == "full":
         args.image_tokens = "256"
     if not re.fullmatch(r"[1-9]\d*|[1-9]\d*x[1-9]\d*", args.image_tokens or "1"):

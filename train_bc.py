@@ -12,7 +12,7 @@ Paper, section 3 (policy) and section 4 (training recipe). Four kinds, the rows 
               world model while vision tower, last layers, norm and embeddings of the backbone train
     token     --action-space token, the baseline: the backbone's last layers, norm and untied head
 
-Losses on task rows count the responses only; on corpora all text. Deviations: README, rows 10-13.
+Losses on task rows count the responses only; on corpora all text. Deviations: README, 10-13, 20.
 
     python train_bc.py                                                   # CPU, embedded default
     python train_bc.py --stage bc --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text ...
@@ -168,6 +168,9 @@ def main(argv=None):
     fill(args, DEFAULTS[kind])
     stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
     identity = tasks.identity(args, "paired", "text", *([] if kind == "bc" else ["task"]))
+    task = None if kind == "bc" else tasks.load_task(args)      # what is wrong with it comes first
+    if task and not task.splits["sft"]:
+        raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
     ensure_base(args)
     if kind == "token" and args.parent:
         raise UserError("--parent: the token baseline starts from the base alone")
@@ -188,9 +191,6 @@ def main(argv=None):
     if kind == "bc":
         streams, held = corpora(args, agent.encoder, tasks.embedded)
     else:
-        task = tasks.load_task(args)
-        if not task.splits["sft"]:
-            raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
         streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
                                  key_seed(args.seed, "sft"), max_tokens=4096,
                                  responses_only=True)}

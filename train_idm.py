@@ -9,7 +9,7 @@ current state and that code, so the code has to carry what the state leaves open
 
 L_inverse trains IDM, codebook and merge. P and P' go on training beside it with their own
 optimiser and losses (train_projector.py); states enter L_inverse detached, so it never reaches P.
-Deviations: README, rows 3, 10 and 11.
+Deviations: README, rows 3, 10 to 12 and 20.
 
     python train_idm.py                                                  # CPU, embedded default
     python train_idm.py --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text t.jsonl
@@ -71,6 +71,14 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) ->
         x = agent.world(states[:, :-1][where], choice @ agent.codebook.weight)  # (K, d)
         logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
     return -logps, negative_entropy(logits), choice.argmax(-1).detach()
+
+
+def inverse_loss(ce: Tensor, neg_entropy: Tensor, paired: Tensor,
+                 counts: dict[str, float]) -> Tensor:
+    """L_inverse: CE on paired rows + CE on text-only rows, each a mean over its own tokens, with
+    the entropy term. ce, neg_entropy (K,), paired (K,) bool, counts of `inverse_counts`."""
+    n = torch.where(paired, counts["paired"], counts["text"])
+    return ((ce + ENTROPY * neg_entropy) / n).sum()
 
 
 def inverse_counts(batches: list[Batch]) -> dict[str, float]:
@@ -151,8 +159,7 @@ def main(argv=None):
                                  args.seed, "idm", step).to(agent.device)
             ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
             paired = batch.has_image[:, None].expand_as(batch.targets)[:, :-1][batch.labelled()[0]]
-            n = torch.where(paired, latent_counts["paired"], latent_counts["text"])
-            loss = ((ce + ENTROPY * neg_entropy) / n).sum()                    # L_inverse
+            loss = inverse_loss(ce, neg_entropy, paired, latent_counts)
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
                        "entropy": -neg_entropy.sum()}
             if parent:

@@ -8,7 +8,8 @@ and P' back:
     step 2  paired + text      step 1 + L_cycle = -log p(e^T | P'(mu_P(e^T))) on text-only rows
 
 Stage 0 exists for `--model tiny` alone: a 0.8M Qwen2.5-VL taught the mini world from nothing, so
-that the whole method runs without a download. Deviations: README, rows 2, 7, 8 and 12.
+that the whole method runs without a download. Deviations: README, rows 2, 7, 8, 12
+and 20.
 
     python train_projector.py                                            # CPU, embedded default
     python train_projector.py --model Qwen/Qwen2.5-VL-3B-Instruct --paired mm.jsonl --text t.jsonl

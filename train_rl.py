@@ -313,7 +313,7 @@ def varies(rewards: Tensor) -> bool:
     return group_moments(rewards[None])[1].item() > 1e-8
 
 
-def micro_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
+def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
                   chosen: list[int], args, bounds) -> list[tuple[Rollout, Tensor, Tensor]]:
     """(rollout, advantages (N,), loss mask (N, T)) of the chosen places on this rank, in whole
     groups, so that a prompt is one pass of the policy for all its answers."""
@@ -352,7 +352,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     kept, norms, worst = list(groups), [], 0.0
     steps = [kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
              for k in range(MINIBATCHES)]               # consecutive places: spread over the ranks
-    steps = [(places, micro_batches(parts, groups, places, args, task.bounds))
+    steps = [(places, training_batches(parts, groups, places, args, task.bounds))
              for places in steps]
     several = args.inner_epochs * MINIBATCHES > 1
     with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
@@ -443,7 +443,10 @@ def main(argv=None):
         args.min_p = MIN_P
     fill(args, DEFAULTS[args.action_space])
     fill_algorithm(args, world_size())
-    identity = tasks.identity(args, "paired", "text", "task")
+    identity, task = tasks.identity(args, "paired", "text", "task"), tasks.load_task(args)
+    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    if not task.splits["rl"]:                 # what is wrong with the task comes first
+        raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     parent = predecessor(args, identity, train_bc.stage_of(
         "token" if args.action_space == "token" else "clone", args.task), train_bc,
         "--action-space", args.action_space)
@@ -453,10 +456,7 @@ def main(argv=None):
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
                         "sft-* run")
-    agent.min_p, task = args.min_p, tasks.load_task(args)
-    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    if not task.splits["rl"]:
-        raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
+    agent.min_p = args.min_p
     stage = f"rl-{Path(args.task).name.split('.')[0]}-{args.algo}-{args.action_space}-s{args.seed}"
     run = Run(args, folder_of(args, stage, args.name), agent, identity, parent,
               max_new_tokens=task.max_new_tokens)

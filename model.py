@@ -1039,7 +1039,7 @@ class Encoder:
         """Patches (time, height, width) of an image, from its header alone."""
         picture, patch = open_image(image, where), self.processor.patch_size
         height, width = picture.height, picture.width
-        if picture.getexif().get(274, 1) > 4:           # lies on its side
+        if picture.format != "PNG" and picture.getexif().get(274, 1) > 4:   # PNG: would decode it
             height, width = width, height
         height, width = self.fixed_size or (height, width)
         try:
@@ -1175,6 +1175,7 @@ class Stream:
         files = source if source and isinstance(source[0], str) else [source]
         self.sources = [Source(file, place, image_root) for place, file in enumerate(files)]
         self.encoded, self.left_out, self.held_out, self.barren = {}, {}, [], 0
+        self.pending = None
         for part in self.sources:           # the first rows, at most a tenth, for the report
             n = min(math.ceil(hold_out / len(files)), max(1, int(part.rows) // 10))
             for _ in range(n if part.rows > 1 else 0):
@@ -1191,11 +1192,14 @@ class Stream:
         return self.cursor
 
     def load_state_dict(self, cursor: dict):
+        if self.pending:
+            self.pending.result()                       # the thread has let go of the sources
         self.cursor = self.ahead = cursor
         self.batches = self.pending = None
         self.credit = list(cursor["credit"])
         for part, position in zip(self.sources, cursor["positions"], strict=True):
-            part.open(position)
+            if part.position != tuple(position):
+                part.open(position)
 
     def _fit(self, row) -> Example | None:
         """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""

@@ -83,8 +83,13 @@ class Task:
         return answer / reference
 
 
-SCORES = re.compile(r"\[\s*scores?\s*\][\s*:]*\(?\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\)?"
-                    r"[^\w\n]*$", re.I | re.M)
+SCORES = re.compile(r"\[\s?scores?\s?\][\s*:]{0,20}\(?\s?(\d+(?:\.\d+)?)\s{0,3},\s{0,3}"
+                    r"(\d+(?:\.\d+)?)\s?\)?[^\w\n]{0,20}$", re.I | re.M)
+
+
+def without_thoughts(reply: str) -> str:
+    """A reply without the closed <think> parts that stand first."""
+    return re.sub(r"\A(\s*<think>.*?</think>)+\s*", "", reply, flags=re.S)
 
 
 def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None:
@@ -96,17 +101,16 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
     their line: the answer's from 0, the reference's above 0, both to 10. Full-width forms count as
     plain ones; closed <think> parts that stand first are skipped. What a block quotes from the
     answer never counts: a second mark or a name told twice makes the reply malformed."""
-    text = re.sub(r"\A(\s*<think>.*?</think>)+", "", reply, flags=re.S)
-    text = unicodedata.normalize("NFKC", text)
-    names = {name.lower(): name for name in dimensions}
-    found = list(re.finditer(rf"^(?:[^\w\n]|[\d_])*({'|'.join(map(re.escape, dimensions))})"
-                             r"[^\w\n:]*(?::|$)", text, re.I | re.M))
+    text = unicodedata.normalize("NFKC", without_thoughts(reply))
+    names = {unicodedata.normalize("NFKC", name).lower(): name for name in dimensions}
+    found = list(re.finditer(rf"^(?:[^\w\n]|[\d_])*({'|'.join(map(re.escape, names))})"
+                             r"(?:[^\w\n:]|_)*(?::|$)", text, re.I | re.M))
     ends = [match.start() for match in found[1:]] + [len(text)]
-    scores = {names[match[1].lower()]: SCORES.search(text, match.end(), end)
+    scores = {names.get(match[1].lower()): SCORES.search(text, match.end(), end)
               for match, end in zip(found, ends)}
     marks = len(re.findall(r"\[\s*scores?\s*\]", text, re.I))
     if "<think>" in text or not len(found) == len(scores) == len(dimensions) == marks \
-            or None in scores.values():
+            or None in scores or None in scores.values():
         return None
     scores = {name: (float(match[1]), float(match[2])) for name, match in scores.items()}
     valid = all(answer <= 10 and 0 < reference <= 10 for answer, reference in scores.values())
@@ -613,11 +617,16 @@ def file_task(file: str, image_root=None) -> Task:
                             "serves as demonstration and reference, without an image, after a "
                             "user's")
         row["reference"] = row["messages"][-1]["content"]
-        named = row.get("dimensions", list(dimensions or DIMENSIONS))
-        if not isinstance(named, list) or not all(isinstance(d, str) for d in named) \
-                or not named or tuple(named) != (dimensions or tuple(named)):
+        named = row.get("dimensions")
+        named = list(dimensions or DIMENSIONS) if named is None else named
+        if not isinstance(named, list) or not named or not all(
+                isinstance(d, str) and d.split() and "\n" not in d for d in named) \
+                or len({d.lower() for d in named}) < len(named) \
+                or tuple(named) != (dimensions or tuple(named)):
             raise UserError(f"{row['where']}: `dimensions` must be the same list of names in all "
                             "rows; make a file of its own for other ones")
+        if not isinstance(row.get("judge_notes", ""), str):
+            raise UserError(f"{row['where']}: `judge_notes` must be text")
         dimensions = tuple(named)
         if row.get("split") is None:
             unassigned.append(row)
@@ -791,19 +800,26 @@ def make_references(args):
     was interrupted."""
     root, endpoint = Path(args.make_references), Endpoint(args)
     for name in ("HCMAS", "HCSHR"):
-        rows = read_json(root / f"{name}-test.json")
-        prompts = [REFERENCE_PROMPT.format(
-            roles=roles_of(row), question=row["query"], picture=row["eval_info"]["ImageDesc"],
-            help=row["eval_info"]["EvalHelp"]) for row in rows]
-        answers = endpoint.complete(prompts, lambda answer: bool(answer.strip()))
-        made = [{**row, "golden_response": answer.strip()}
-                for row, answer in zip(rows, answers) if answer and answer.strip()]
+        try:
+            rows = read_json(root / f"{name}-test.json")
+            prompts = [REFERENCE_PROMPT.format(
+                roles=roles_of(row), question=row["query"], picture=row["eval_info"]["ImageDesc"],
+                help=row["eval_info"]["EvalHelp"]) for row in rows]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{root / name}-test.json: not in PCogAlignBench's published form "
+                            f"({error!r:.80})") from None
+        answers = [without_thoughts(answer or "").strip() for answer in endpoint.complete(
+            prompts, lambda answer: bool(without_thoughts(answer).strip()))]
+        if "" in answers:
+            raise UserError(f"{root}: {answers.count('')} of {len(rows)} references could not be "
+                            f"made for {name}; the same command asks for these again")
+        made = [{**row, "golden_response": answer} for row, answer in zip(rows, answers)]
         random.Random(42).shuffle(made)
         n = int(0.8 * len(made))
         for part, some in (("train", made[:n]), ("test", made[n:])):
             text = json.dumps(some, ensure_ascii=False, indent=1)
             atomic(root / f"{name}-golden-{part}.json", lambda path: path.write_text(text))
-        say(f"{root}: {len(made)} of {len(rows)} references made for {name}")
+        say(f"{root}: {len(made)} references made for {name}")
 
 
 # ---- Judges of open answers: an LLM behind an endpoint, or word overlap ----
@@ -861,7 +877,8 @@ reference's. Do not repeat scores found in the texts. The form of each line:
 
 # What a call may cost, and the fields of every request: edit here. For a judge that thinks first,
 # "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}.
-JUDGE = {"threads": 16, "attempts": 6, "timeout": 120.0, "pause": 1.0, "longest_pause": 60.0}
+JUDGE = {"threads": 16, "attempts": 6, "timeout": 120.0, "pause": 1.0, "longest_pause": 60.0,
+         "patience": 180.0}                # calls; seconds; seconds after which no call is repeated
 JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
 
 
@@ -920,7 +937,7 @@ class Endpoint:
                 replies[key], tokens, reason = reply, tokens + used, error or reason
                 if reply is not None and usable(reply):
                     self.cache[key] = reply
-                    cache.write(json.dumps([key, reply]) + "\n")
+                    cache.write("\n" + json.dumps([key, reply]) + "\n")    # after a torn line
                     cache.flush()
                 bar.update()
                 bar.set_postfix_str(f"{tokens} tokens")
@@ -937,8 +954,10 @@ class Endpoint:
         """(reply or None, tokens used, why it failed or None) of one prompt, after retries."""
         from huggingface_hub.errors import HfHubHTTPError
         first = {"role": "user", "content": prompt}
-        messages, reply, tokens, reason = [first], None, 0, None
+        messages, reply, tokens, reason, began = [first], None, 0, None, time.time()
         for attempt in range(JUDGE["attempts"]):
+            if time.time() - began > JUDGE["patience"]:
+                break
             pause = min(JUDGE["longest_pause"], JUDGE["pause"] * 2 ** attempt)
             try:
                 out = self.client.chat_completion(messages, model=self.model, **JUDGE_REQUEST)
@@ -1234,7 +1253,7 @@ def main(argv=None):
     if args.rescore:
         return rescore(args.rescore)
     if args.make_references:
-        return make_references(args)
+        return make_references(args) if rank() == 0 else None
     summaries, yardsticks = {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
@@ -1306,7 +1325,7 @@ def rescore(file: str) -> dict[str, dict]:
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
         task = Task(file, tuple(rows[0]["dimensions"]), BOUNDS, {}, None, 0)
         table = {key: summarise(task, part) for key, part in by_split_and_mode(rows).items()}
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"--rescore {file}: cannot be read ({error!r}); name a predictions.jsonl "
                         "that eval.py wrote") from None
     say(format_table(file, table))

@@ -434,6 +434,8 @@ class Agent(nn.Module):
         """A trained agent from its run folder alone."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype = device, dtype
+        if not {"model", "image_tokens", "no_projector", *STRUCTURE["tiny"]} <= set(vars(args)):
+            raise UserError(f"{folder}: config.json is not that of a stage; name a run folder")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
         agent = cls.from_base(args).load_run(folder, skip).eval()
@@ -852,6 +854,8 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
             if isinstance(content, list):               # typed blocks
                 content = "".join("<image>" if block["type"].startswith("image") else block["text"]
                                   for block in content)
+            if not isinstance(content, str):
+                raise TypeError("the content of a message is not text")
             messages.append({"role": ROLES[role], "content": content})
         images = raw.get("images", raw.get("image")) or []
         images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
@@ -864,8 +868,8 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
         raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Rows"
                         ) from None
     kept = {k: v for k, v in raw.items() if k not in ("conversations", "image")}
-    return {**kept, "messages": messages, "images": images, "id": str(raw.get("id", row_id)),
-            "where": where}
+    own_id = row_id if raw.get("id") is None else str(raw["id"])
+    return {**kept, "messages": messages, "images": images, "id": own_id, "where": where}
 
 
 def read_rows(file, image_root: str | None = None, position=(0, 0), place: int = 0):
@@ -902,7 +906,10 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
 def count_rows(file: str) -> float:
     """Rows of a file: counted if it is an array or short, else by its size and its first MiB."""
     with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-        head = f.read(2 ** 20)
+        try:
+            head = f.read(2 ** 20)
+        except (EOFError, zlib.error) as error:
+            raise UserError(f"{file}: cannot be read ({error}); it is damaged") from None
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             return sum(1 for _ in read_rows(file))
         lines = sum(1 for line in head.splitlines() if line.strip())
@@ -1039,7 +1046,11 @@ class Encoder:
         """Patches (time, height, width) of an image, from its header alone."""
         picture, patch = open_image(image, where), self.processor.patch_size
         height, width = picture.height, picture.width
-        if picture.format != "PNG" and picture.getexif().get(274, 1) > 4:   # PNG: would decode it
+        # A PNG without a note in its header would be decoded to look for one; a TIFF's size is
+        # that of the upright picture.
+        noted = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
+        exif = picture.getexif() if noted else {}
+        if exif.get(274) in (5, 6, 7, 8):               # lies on its side
             height, width = width, height
         height, width = self.fixed_size or (height, width)
         try:
@@ -1133,7 +1144,10 @@ class Source:
         if isinstance(source, str):
             name, _, weight = source.rpartition("=")    # FILE=WEIGHT
             if name and not os.path.exists(source):
-                self.source, self.weight = name, float(weight)
+                try:
+                    self.source, self.weight = name, within(float, 1e-9)(weight)
+                except (ValueError, argparse.ArgumentTypeError):
+                    raise UserError(f"{source}: neither a file nor FILE=WEIGHT") from None
         self.rows = count_rows(self.source) if isinstance(source, str) else len(source)
         self.open(self.start)
 
@@ -1205,6 +1219,7 @@ class Stream:
         """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
         if id(row) in self.encoded:
             return self.encoded[id(row)]
+        example = cause = None
         try:
             messages = list(row["messages"])
             if self.pictures not in (None, bool(row["images"])):
@@ -1218,11 +1233,14 @@ class Stream:
                     example = self.encoder.encode({**row, "messages": messages, "images": row[
                         "images"][:shown]}, False, self.responses_only)
             if len(example) > self.max_tokens:
-                raise UnusableRow(f"{example.where}: over {self.max_tokens} tokens without a "
-                                  "message boundary to cut at")
+                cause, example = f"{example.where}: over {self.max_tokens} tokens without a " \
+                    "message boundary to cut at", None
         except UnusableRow as error:
-            self.left_out.setdefault(str(error), False)     # False: not yet said
-            example = None
+            if self.responses_only:                     # a task's own rows are refused
+                raise
+            cause = str(error)
+        if cause:
+            self.left_out.setdefault(cause, False)      # False: not yet said
         if not isinstance(self.sources[0].source, str):
             self.encoded[id(row)] = example
         return example
@@ -1677,7 +1695,8 @@ def read_config(folder) -> dict:
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         if {"args", "identity", "base", "parent", "sha256"} <= set(config) and \
-                isinstance(config["args"], dict) and isinstance(config["identity"], dict):
+                isinstance(config["args"], dict) and isinstance(config["identity"], dict) and \
+                isinstance(config["parent"], (str, type(None))):
             return config
         reason = "it is no config of a run"
     except (OSError, ValueError, TypeError) as error:
@@ -1803,8 +1822,10 @@ class Run:
                     raise ValueError("checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 for name, thing in state.items():
-                    strict = {"strict": False} if isinstance(thing, nn.Module) else {}
-                    thing.load_state_dict(saved["state"][name], **strict)
+                    module, part = isinstance(thing, nn.Module), saved["state"][name]
+                    if module and part.keys() != trained(thing).keys():
+                        raise ValueError("other tensors")
+                    thing.load_state_dict(part, **({"strict": False} if module else {}))
                 self.skipped, self.skipped_all, self.taken = saved["counts"]
             except Exception as error:
                 raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"

@@ -14,6 +14,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -25,17 +26,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import types
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -178,7 +182,8 @@ def test_no_file_is_trusted_and_no_code_is_fetched(tmp_path):
 @pytest.mark.parametrize("error,status,line", [
     (UserError("a.jsonl:3: no"), 2, ": error: a.jsonl:3: no\n"),
     (OSError(28, "No space left on device", "runs/x"), 2, ": error: .*No space.*'runs/x'; check.*"),
-    (KeyboardInterrupt(), 130, "interrupted: the same command continues from the last.*")])
+    (UserError("x" * 9999), 2, ": error: x{800} ... x{300}\n"),
+    (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the last.*")])
 def test_a_mistake_outside_the_code_ends_with_one_line(capsys, error, status, line):
     def main(argv):
         raise error
@@ -189,11 +194,16 @@ def test_a_mistake_outside_the_code_ends_with_one_line(capsys, error, status, li
     error = ZeroDivisionError()                     # a mistake of the code keeps its traceback
     with pytest.raises(ZeroDivisionError):
         kit.launch(main)
+    error = UserError("no step")
+    error.status = 3
+    with pytest.raises(SystemExit, match="3"):
+        kit.launch(main)
 
 
 def test_flags_are_checked_and_defaults_follow_the_model_and_stage():
     for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "0"], ["--steps", "1.5"],
-                 ["--lr", "0"], ["--lr", "x"], ["--lr", "nan"], ["--device", "tpu"]):
+                 ["--lr", "0"], ["--lr", "x"], ["--lr", "nan"], ["--lr", "inf"],
+                 ["--device", "tpu"], ["--batch-tokens", "0"], ["--paired-steps", "-4"]):
         with pytest.raises(SystemExit) as end:
             parsed(stage1, *argv)
         assert end.value.code == 2
@@ -202,8 +212,33 @@ def test_flags_are_checked_and_defaults_follow_the_model_and_stage():
             filled = vars(parsed(train_bc, *argv, *more))
             wanted = kit.STRUCTURE[scale] | train_bc.DEFAULTS[kind][scale]
             assert wanted == {name: filled[name] for name in wanted}
-    assert parsed(train_bc, "--lr", "0.5", "--codes", "3").lr == 0.5
-    assert parsed(train_bc, "--lr", "0.5", "--codes", "3").codes == 3
+    args = parsed(train_bc, "--lr", "0.5", "--codes", "3", "--batch-tokens", "99")
+    assert (args.lr, args.codes, args.batch_tokens, args.image_tokens) == (0.5, 3, 99, None)
+    assert parsed(train_bc, "--model", "a/b").image_tokens == "256"
+    for value in ("9", "280x420"):
+        assert parsed(stage1, "--image-tokens", value).image_tokens == value
+    for value in ("0", "-3", "1.5", "x", "9x", "x9", "9x0", "280X420", "1x2x3", "9 "):
+        with pytest.raises(UserError, match="--image-tokens .*: neither a number nor HEIGHTxWIDTH"):
+            parsed(stage1, "--image-tokens", value)
+
+
+def test_one_model_folder_has_one_run_folder_and_a_missing_one_is_said(tmp_path, monkeypatch):
+    for name in ("here/m", "there/m", "here/tiny"):
+        (tmp_path / name).mkdir(parents=True)
+    def of(path):
+        args = parsed(stage1, "--model", path)
+        return args.model, kit.model_root(args)
+    monkeypatch.chdir(tmp_path / "here")
+    whole = str(tmp_path / "here/m")
+    same = {of(path) for path in ("m", "./m", "m/", "../here/m", "../there/../here/m", whole)}
+    assert {model for model, _ in same} == {whole} and len(same) == 1   # fails if kept relative
+    assert of("../there/m")[1] not in {root for _, root in same}
+    assert of("tiny") == ("tiny", Path("runs/tiny")) and of("org/x")[0] == "org/x"
+    monkeypatch.chdir(tmp_path / "there")           # the same word, another folder
+    assert of("m")[0] == str(tmp_path / "there/m")
+    for path in ("./n", "../n", str(tmp_path / "n")):
+        with pytest.raises(UserError, match="--model .*n: no such folder"):
+            of(path)
 
 
 @pytest.mark.parametrize("module", [stage1, train_idm, train_bc, train_rl, tasks],
@@ -293,10 +328,30 @@ def test_an_unfinished_predecessor_goes_on_as_it_was_started(tmp_path, monkeypat
     assert (given.lr, given.steps) == (0.5, 7)
 
 
-def finished(root, *flags, **more) -> Path:
-    run = fresh_run(root, *flags, "--fresh", **more)
-    run.finish(m=nn.Linear(1, 1))
+def test_an_unfinished_warm_start_keeps_its_judge_and_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    own = ["--judge-url", "http://old/v1", "--judge-model", "j", "--parent",
+           str(finished(tmp_path / "else", module=train_bc)), "--batch-tokens", "99"]
+    run, calls = fresh_run(tmp_path, *own, "--seed", "7", module=train_bc), []
+    run.resume({})
+    run.save(1, {})
+    args = parsed(train_rl, "--run-root", str(tmp_path), "--judge-url", "http://new/v1")
+    kit.predecessor(args, own_identity(args), "run", script(train_bc, calls))
+    given = parsed(train_bc, *calls.pop())          # fails if --parent or the judge is dropped
+    assert ["--judge-url", given.judge_url, "--judge-model", given.judge_model, "--parent",
+            given.parent, "--batch-tokens", str(given.batch_tokens)] == own
+    assert (given.seed, given.steps) == (7, 9)
+
+
+def finish(run, **modules) -> Path:
+    """As after an optimiser step."""
+    run.taken = 1
+    run.finish(**modules)
     return run.folder
+
+
+def finished(root, *flags, **more) -> Path:
+    return finish(fresh_run(root, *flags, "--fresh", **more), m=nn.Linear(1, 1))
 
 
 def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path, capsys):
@@ -379,8 +434,104 @@ def test_a_run_that_was_cut_goes_on_exactly(tmp_path, monkeypatch):
     assert torch.equal(again.weight, whole.weight)  # fails if the optimiser's state is not loaded
     samples = (run.folder / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == list(range(9))
+    assert run.taken == 8                           # of both halves, the skipped step not counted
     small_loop(tmp_path / "rare", "--lr", "0.5")    # without a checkpoint nothing is lost
     assert len((tmp_path / "rare/tiny/run/log.jsonl").read_text().splitlines()) == 9
+
+
+def test_logs_are_on_disk_before_the_checkpoint_and_never_lengthened(tmp_path, monkeypatch):
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    synced, fsync = [], os.fsync
+    def counting(fd):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", counting)
+    small_loop(tmp_path, stop=4)
+    order = [name for name in synced if name in (*kit.LOGS, ".last.pt.tmp")]
+    assert order == [*kit.LOGS, ".last.pt.tmp"] * 4     # fails if what it counts may be lost
+    log = tmp_path / "tiny/run/log.jsonl"
+    rows = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(rows[:2]))             # as after a power cut
+    small_loop(tmp_path)
+    steps = [json.loads(line)["step"] for line in log.read_bytes().splitlines()]
+    assert steps == [0, 1, *range(4, 9)] and b"\0" not in log.read_bytes()
+
+
+def flipped(data: bytes, rng) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+
+
+def test_a_flipped_bit_or_a_missing_tensor_of_a_checkpoint_is_noticed(tmp_path):
+    run, layer, _ = small_loop(tmp_path)
+    path, rng, noticed = run.folder / "state/last.pt", random.Random(0), 0
+    good, want = path.read_bytes(), copy.deepcopy(layer.state_dict())
+    for _ in range(60):
+        path.write_bytes(flipped(good, rng))
+        try:
+            step = run.resume({"m": layer})
+        except UserError as error:
+            assert re.search("last.pt: is not a checkpoint of this run.*--fresh", str(error))
+            noticed += 1
+            continue
+        assert step == 9                            # padding between the records, a date
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, want[name])   # fails without the archive's checksums
+    assert noticed >= 20
+    path.write_bytes(good)
+    saved = torch.load(path, weights_only=True)
+    for state in ({}, {"m": {"weight": want["weight"]}}, {"m": [3]}, {"m": want | {"more": 1}}):
+        torch.save({**saved, "state": state}, path)
+        with pytest.raises(UserError, match="last.pt: is not a checkpoint of this run.*--fresh"):
+            run.resume({"m": layer})
+
+
+def test_a_run_without_an_optimiser_step_is_no_finished_run(tmp_path):
+    run = fresh_run(tmp_path)
+    with pytest.raises(UserError, match="run: no optimiser step was taken") as error:
+        run.finish(m=nn.Linear(1, 1))
+    assert error.value.status == 3 and not (run.folder / "model.safetensors").exists()
+    layer = nn.Linear(1, 1)
+    for value in (math.nan, 1.0):                   # a step that was skipped is none
+        assert run.taken == 0
+        (layer(torch.ones(1, 1)) * value).sum().backward()
+        kit.optimizer_step(run, [torch.optim.SGD(layer.parameters())], [0.1], [])
+    run.finish(m=layer)
+    assert (run.folder / "model.safetensors").exists()
+
+
+def test_an_interrupted_start_goes_on_with_the_same_command(tmp_path):
+    """Ended between the lock and config.json, or within it; without a checkpoint nothing is lost,
+    so other arguments are taken too."""
+    folder = tmp_path / "tiny/run"
+    for left in ((), (".config.json.tmp",), ("config.json",)):
+        (folder / "state").mkdir(parents=True)
+        for name in ("state/lock", *left):
+            (folder / name).write_text("")
+        run = fresh_run(tmp_path, "--lr", "0.5")
+        assert not run.finished and run.resume({}) == 0
+        assert kit.read_config(folder)["args"]["lr"] == 0.5
+        fresh_run(tmp_path, "--lr", "0.25")
+        assert kit.read_config(folder)["args"]["lr"] == 0.25
+        shutil.rmtree(folder)
+    for name in ("file", "tiny/file"):              # a file where a folder should be
+        (tmp_path / "tiny").mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    for start in (lambda: fresh_run(tmp_path / "file"),
+                  lambda: fresh_run(tmp_path, stage="file"),
+                  lambda: kit.Agent.from_run(tmp_path / "file")):
+        with pytest.raises((UserError, OSError)):
+            start()
+
+
+@pytest.mark.parametrize("wrong", [{"args": {}}, {"parent": 7}], ids=str)
+def test_a_config_of_valid_form_and_wrong_content_is_refused(tmp_path, wrong):
+    qwen_folder(tmp_path / "tiny/base", shard="9GB")
+    folder = finished(tmp_path)
+    config = kit.read_config(folder)
+    (folder / "config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(UserError, match="config.json"):
+        Agent.from_run(folder, "cpu")
 
 
 def test_run_folder_finishes_and_refuses_other_arguments(tmp_path, capsys):
@@ -439,13 +590,23 @@ def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
     for flags in ([], ["--fresh"]):                 # --fresh deletes nothing of the other's
         with pytest.raises(UserError, match="another process is working on this run"):
             fresh_run(tmp_path, *flags)
-    args, calls = parsed(train_idm, "--run-root", str(tmp_path)), []
-    with pytest.raises(UserError, match="another process is working on this run"):
-        kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
+    calls = []
+    for seed in "01":                               # fails with "started with other arguments"
+        args = parsed(train_idm, "--run-root", str(tmp_path), "--seed", seed)
+        with pytest.raises(UserError, match="another process is working on this run"):
+            kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
     assert (tmp_path / "tiny/run/config.json").exists() and not calls
     holder.kill()
     holder.wait()
     fresh_run(tmp_path)                             # the lock dies with its process
+
+
+def test_only_another_process_is_called_another_process(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(kit.fcntl, "lockf", full)
+    with pytest.raises(OSError, match="No space left"):         # fails if any error is taken for it
+        fresh_run(tmp_path)
 
 
 def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
@@ -460,6 +621,7 @@ def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
     close(kit.optimizer_step(run, [optimizer], [1.0], []), 5.0)
     close(before - layer.weight, torch.tensor([[0.6, 0.8]]))    # fails if the clip is dropped
     assert run.skipped == 0 and run.skipped_all == 10 and layer.weight.grad is None
+    assert run.taken == 1
     other = nn.Linear(1, 1)                         # of two, both wait if one is not finite
     for p, value in ((layer.weight, 1.0), (layer.bias, 1.0), (other.weight, math.inf)):
         p.grad = torch.full_like(p, value)
@@ -472,9 +634,9 @@ def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
     agent = copy.deepcopy(tiny_agent())
     shake(agent.projector, 0.1, 1)
     one = fresh_run(tmp_path, stage="one", agent=agent)
-    one.finish(projector=agent.projector.requires_grad_(True), idm=agent.idm)   # frozen
+    finish(one, projector=agent.projector.requires_grad_(True), idm=agent.idm)  # frozen
     two = fresh_run(tmp_path, stage="two", agent=agent, parent=one.folder)
-    two.finish(world=shake(agent.world, 0.1, 2).requires_grad_(True))
+    finish(two, world=shake(agent.world, 0.1, 2).requires_grad_(True))
     def load(folder=two.folder, **more):
         return with_modules(copy.deepcopy(tiny_agent()), **more).load_run(folder)
     got = load()
@@ -486,20 +648,42 @@ def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
     with pytest.raises(UserError, match=r"two.model.safetensors: world.* does not fit.*--codes"):
         load(world=WorldModel(64, 8))
     for folder in (one.folder, two.folder):
-        weights = folder / "model.safetensors"
-        good = bytearray(weights.read_bytes())
-        weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
-        with pytest.raises(UserError, match=f"{folder.name}/model.saf.*: is not what its run"):
-            load()
+        weights, rng = folder / "model.safetensors", random.Random(0)
+        good = weights.read_bytes()
+        for _ in range(5):
+            weights.write_bytes(flipped(good, rng))
+            with pytest.raises(UserError, match=f"{folder.name}/model.saf.*: is not what its run"):
+                load()
         weights.write_bytes(good)
     other = copy.deepcopy(tiny_agent())
     other.base_hash, other.structure["base"] = "other", "x"
     with pytest.raises(UserError, match="one: was trained on another base .*--model x; redo.*"):
         other.load_run(two.folder)
     one = fresh_run(tmp_path, "--fresh", stage="one", agent=agent)
-    one.finish(projector=shake(agent.projector, 0.1, 3))
+    finish(one, projector=shake(agent.projector, 0.1, 3))
     with pytest.raises(UserError, match="two: was trained on an earlier one.*--fresh"):
         load()
+    for value in (math.nan, math.inf):
+        agent.projector.P.mlp[0].weight.data[1, 2] = value
+        one = fresh_run(tmp_path, "--fresh", stage="one", agent=agent)
+        finish(one, projector=agent.projector)
+        with pytest.raises(UserError, match="one/model.safetensors: holds weights .* not finite"):
+            load(one.folder)
+
+
+def test_one_flipped_bit_of_the_embedded_base_is_noticed(tmp_path):
+    base, _ = qwen_folder(tmp_path / "tiny/base", shard="9GB")
+    args = parsed(stage1, "--run-root", str(tmp_path), "--device", "cpu")
+    folder = finished(tmp_path, agent=Agent.from_base(args))
+    (folder / "model.safetensors").write_bytes(b"")             # looked at last
+    with pytest.raises(UserError, match="is not what its run finished with"):
+        Agent.from_base(args).load_run(folder)
+    weights = tmp_path / "tiny/base/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1                                   # fails if only first values are looked at
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="was trained on another base model"):
+        Agent.from_base(args).load_run(folder)
 
 
 def one_of_two_ranks(rank, folder):
@@ -533,11 +717,69 @@ def test_gradients_are_summed_over_ranks_in_buckets_of_any_size(tmp_path):
     torch.multiprocessing.start_processes(one_of_two_ranks, (tmp_path,), 2, start_method="fork")
 
 
+def torchrun_worker(port, attempt, rank, folder):
+    """A worker as torchrun starts it: in attempt 0 it dies, in attempt 1 it works."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                      TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
+    kit.prefetch = ThreadPoolExecutor(1)            # a forked process has no threads
+    kit.init_distributed(SimpleNamespace(device="cpu"))
+    kit.barrier()
+    if attempt == "0":
+        os._exit(9)
+    assert kit.agreed(["zero", "one"][rank]) == "zero"
+    s = stream(text_rows(21))
+    (folder / f"{rank}.json").write_text(json.dumps(take(s, 12)))
+    if rank == 0:                                   # the other's prefetching never ends alone
+        def main(argv):
+            raise UserError("a mistake of one rank")
+    else:
+        def main(argv):
+            kit.prefetch.submit(time.sleep, 99)
+            raise UserError("seen by the other")
+    kit.launch(main)
+
+
+def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path):
+    """torchrun --max-restarts: its store is the same for all attempts. Two ranks train on one
+    rank's batches, and a rank that fails does not wait for the other's thread."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context, deadline = torch.multiprocessing.get_context("fork"), time.time() + 60
+    for attempt, status in (("0", 9), ("1", 2)):
+        workers = [context.Process(target=torchrun_worker, args=(str(store.port), attempt, rank,
+                                                                 tmp_path)) for rank in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(max(0, deadline - time.time()))
+            code = worker.exitcode
+            worker.kill()
+            assert code == status                   # None: it hangs
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    whole = take(stream(text_rows(21)), 12)
+    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+    assert all(sum(parts[r], []) for r in range(2))
+
+
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
+    worker = (f"import sys, os, time; sys.path.insert(0, {str(HERE)!r}); import model\n"
+              "from types import SimpleNamespace as args\n"
+              "os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost',"
+              " MASTER_PORT='0')\nmodel.init_distributed(args(device='cpu'))\n"
+              "print('up', flush=True); time.sleep(99)")
+    parent = subprocess.Popen(["bash", "-c", '"$0" -c "$1"; true', sys.executable, worker],
+                              stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"up\n"
+    parent.kill()
+    parent.wait()
+    began = time.time()
+    assert parent.stdout.read() == b"" and time.time() - began < 30     # its end of the pipe closed
+
+
 # ---- model.py: data --------------------------------------------------------------------------
 
 
 def parse(raw, image_root=None):
-    return kit.normalise_row(raw, "f.jsonl:3", Path("/data"), image_root)
+    return kit.normalise_row(raw, "f.jsonl:3", Path("/data"), image_root, "0/f.jsonl:3")
 
 
 def test_all_row_forms_parse_to_the_same_row():
@@ -554,7 +796,7 @@ def test_all_row_forms_parse_to_the_same_row():
         given = copy.deepcopy(raw)
         assert parse(raw) | {"id": 0} == {"id": 0, "where": "f.jsonl:3", "images": ["/data/a.png"],
                                           "messages": [user("<image>\nHi"), yo]}
-        assert raw == given and parse(raw)["id"] == "f.jsonl:3"
+        assert raw == given and parse(raw)["id"] == "0/f.jsonl:3"
         assert parse(raw, "/elsewhere")["images"] == ["/elsewhere/a.png"]
     for images in ([], None, ["None"], "None"):
         assert parse({"messages": [yo], "images": images})["images"] == []
@@ -568,16 +810,34 @@ def asks(content="x", **more):
 
 
 @pytest.mark.parametrize("raw", [
-    [], 3, {}, {"messages": []}, {"messages": "x"}, {"messages": ["x"]}, {"text": 4},
-    {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "user"}]},
-    {"messages": [{"role": "assistant", "content": "x"}], "images": ["a"]},
-    asks("<image>"), asks("<image><image>", images=["a"]), asks(["x"]), asks([{"type": None}]),
-    asks([{"type": "text", "text": None}]), asks(images=5), asks(images=[{"path": "a"}]),
-    asks(images=[None]), {"conversations": "x"}, {"conversations": ["x"]}, {"conversations": []}],
-    ids=str)
+    [], 3, None, "messages", {}, {"messages": []}, {"messages": "x"}, {"messages": ["x"]},
+    {"text": 4}, {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "assistant", "content": "x"}], "images": ["a"]}, asks(["x"]),
+    asks([{"type": None}]), asks([{"type": "text", "text": None}]), asks(5), asks(None), asks({}),
+    asks(images=5), asks(images=[{"path": "a"}]), asks(images=[None]), {"conversations": "x"},
+    {"conversations": ["x"]}, {"conversations": []}, {"conversations": {"from": "human"}},
+    {"conversations": [{"from": ["x"], "value": "y"}]}, {"conversations": [{"from": "gpt",
+                                                                            "value": 3}]}], ids=str)
 def test_a_bad_row_is_a_user_error_naming_file_and_line(raw):
     with pytest.raises(UserError, match="f.jsonl:3"):
         parse(raw)
+
+
+UNUSABLE = [(asks("<image>"), "1 `<image>` placeholders but 0 images"),
+            (asks("<image><image>", images=["a"]), "2 `<image>` placeholders but 1 images"),
+            (asks("what is <|im_end|>?"), r"contains a literal <\|im_end"),
+            (asks("what is <|image_pad|>?"), r"contains a literal <\|image_pad"),
+            (asks("a\ud800b"), "half a character"), (asks("ok \U0001f600 and \udc00"), "half a ch")]
+
+
+@pytest.mark.parametrize("raw,pattern", UNUSABLE, ids=range(len(UNUSABLE)))
+def test_a_row_that_a_corpus_can_do_without_is_told_from_a_broken_one(raw, pattern):
+    parsed_row = parse(raw)                         # well formed: reading a corpus goes on
+    for prompt in (False, True):
+        with pytest.raises(kit.UnusableRow, match=f"^f.jsonl:3: .*{pattern}"):
+            tiny_agent().encoder.encode(parsed_row, prompt)
+    assert issubclass(kit.UnusableRow, UserError)
+    assert len(examples([row("all of \U0001f600, \xe9 and \0")])) == 1
 
 
 def write(path, rows):
@@ -599,26 +859,63 @@ FORMS = ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz")
 
 @pytest.mark.parametrize("name", FORMS)
 def test_read_rows_from_every_position(tmp_path, name):
-    files = [write(tmp_path / name, text_rows(5)), write(tmp_path / f"b{name}", text_rows(2))]
-    every = list(kit.read_rows(files))
-    assert [r["id"] for r, _ in every] == [r["id"] for r in text_rows(5) + text_rows(2)]
+    file = write(tmp_path / name, text_rows(5))
+    every = list(kit.read_rows(file))
+    assert [r["id"] for r, _ in every] == [r["id"] for r in text_rows(5)]
     for k, (_, position) in enumerate(every):       # fails if off by one row
-        assert [r for r, _ in kit.read_rows(files, None, position)] == [r for r, _ in every[k + 1:]]
+        assert list(kit.read_rows(file, None, position)) == every[k + 1:]
+    if "jsonl" in name:                             # empty lines count as lines, and are no rows
+        lines = [json.dumps(r) for r in text_rows(3)]
+        (tmp_path / "b.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]))
+        every = list(kit.read_rows(str(tmp_path / "b.jsonl")))
+        assert [position[1] for _, position in every] == [1, 3, 4]
+        assert every[2][0]["where"].endswith("b.jsonl:4")
+        assert list(kit.read_rows(str(tmp_path / "b.jsonl"), None, every[0][1])) == every[1:]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_row_without_an_id_is_named_by_list_place_and_line_not_by_its_path(tmp_path, name):
+    """Seeds and noise are keyed by it, so they depend on where no file lies."""
+    def ids(*folders):
+        for folder in folders:
+            (tmp_path / folder).mkdir(exist_ok=True)
+        files = [write(tmp_path / f / name, [{"text": f"yes {i}"} for i in range(3)])
+                 for f in folders]
+        s, found = stream(files), []
+        while len(found) < 3 * len(files):
+            found += sum(take(s, 1), [])
+        return sorted(found)
+    assert ids("one", "two") == [f"{place}/{name}:{n}" for place in (0, 1) for n in (1, 2, 3)]
+    assert ids("three", "four") == ids("one", "two")
+    assert ids("one") == [f"0/{name}:{n}" for n in (1, 2, 3)]
+
+
+GZIPPED = gzip.compress(b'{"text": "a"}\n' * 99)
 
 
 @pytest.mark.parametrize("name,data,pattern", [
     ("f.jsonl", b'{"text": "a"}\n\n{"text": \n', "f.jsonl:3"),
     ("f.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "f.jsonl:2"),
     ("f.jsonl", b'{"text": "\xff"}\n', "f.jsonl:1"),
+    ("f.jsonl", b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "f.jsonl:1"),
+    ("f.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n", "f.jsonl:1"),
+    ("f.json", b"[" * 5000, "f.json: cannot be read as JSON"),
     ("f.json", b'\xef\xbb\xbf [{"text": "a"}, {"no": 1}]', "f.json: row 2"),
     ("f.json", b'[{"text": "a"}', "f.json: cannot be read as JSON"),
-    ("f.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "f.jsonl.gz"),
-    ("f.jsonl", None, "f.jsonl")], ids=range(7))
+    ("f.jsonl.gz", GZIPPED[:-12], "f.jsonl.gz"), ("f.jsonl.gz", GZIPPED[:5], "f.jsonl.gz"),
+    ("f.jsonl.gz", GZIPPED[:-8] + b"12345678", "f.jsonl.gz"), ("f.jsonl.gz", b"x", "f.jsonl.gz"),
+    ("f.jsonl.gz", GZIPPED[:12] + b"\xff" * 9 + GZIPPED[21:], "f.jsonl.gz"),
+    ("f.jsonl", None, "f.jsonl")], ids=range(14))
 def test_unreadable_files_are_named_with_their_line(tmp_path, name, data, pattern):
+    file = str(tmp_path / name)
     if data:
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=pattern):
-        list(kit.read_rows([tmp_path / name]))
+    with pytest.raises(UserError, match=pattern) as error:
+        list(kit.read_rows(file))
+    assert len(str(error.value)) < 200 + len(file)
+    with pytest.raises((UserError, OSError)):       # launch() makes one line of both
+        for _ in range(2):
+            stream([file]).next()
 
 
 def test_bad_images_are_named_and_refused(tmp_path):
@@ -627,12 +924,220 @@ def test_bad_images_are_named_and_refused(tmp_path):
     os.truncate(tmp_path / "cut.png", 3000)
     Image.new("1", (16000, 16000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (2000, 2)).save(tmp_path / "thin.png")
-    for name in ("missing.png", "text.png", "cut.png", "bomb.png", "thin.png"):
-        with pytest.raises(UserError, match=r"row r7.*" + ("" if name == "thin.png" else name)):
+    for name in ("missing.png", "text.png", "cut.png", "bomb.png", "thin.png", "nul\0.png",
+                 "half\ud800.png", "", "x" * 100_000):
+        with pytest.raises(UserError, match="row r7") as error:
             collated([row("<image>?", None, [str(tmp_path / name)], "r7")])
-    for token in ("<|image_pad|>", "<|im_end|>"):
-        with pytest.raises(UserError, match=r"row r: .* literal <\|im"):
-            examples([row(f"what is {token}?")])
+        assert len(str(error.value)) < 400 and (name == "thin.png" or repr(name)[1:40].strip("'")
+                                                in str(error.value))
+
+
+def test_an_error_never_repeats_a_value_whole():
+    long = "x" * 100_000
+    for raw in ({"messages": [{"role": long, "content": "x"}]}, {"messages": [{long: 1}]},
+                {"conversations": [{"from": long, "value": "x"}]}, asks(images=[{long: long}]),
+                asks([{"type": "text", long: 1}]), {long: 1}, asks("<image>", id=long)):
+        with pytest.raises(UserError) as error:
+            tiny_agent().encoder.encode(parse(raw))
+        assert len(str(error.value)) <= 200
+
+
+# Pictures.
+
+
+def encoder_of(image_tokens=None):
+    """An encoder with the published limits of a picture."""
+    agent = tiny_agent()
+    processor = type(agent.encoder.processor)(
+        size={"shortest_edge": 3136, "longest_edge": 12845056})
+    return Encoder(agent.encoder.tokenizer, processor, agent.backbone.config, image_tokens)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_pictures_keep_their_shape_within_the_budget(tokens):
+    encoder = encoder_of(str(tokens))
+    for width, height in ((4000, 3000), (3000, 4000), (640, 480), (100, 75), (1600, 400),
+                          (300, 1000), (28, 28), (9, 7), (420, 280)):
+        _, h, w = encoder.grid(Image.new("L", (width, height)), "x")
+        assert h * w // 4 <= tokens and h % 2 == w % 2 == 0
+        scale = min(max(1, math.sqrt(4 * 784 / width / height)),
+                    math.sqrt(tokens * 784 / width / height))
+        assert abs(14 * h - height * scale) <= 28 and abs(14 * w - width * scale) <= 28
+        assert h * w * 196 > scale ** 2 * width * height / 2            # nor is it wasted
+        for value, grid in (("280x420", (1, 20, 30)), ("420x280", (1, 30, 20))):
+            assert encoder_of(value).grid(Image.new("L", (width, height)), "x") == grid
+    e = encoder_of("280x420").encode(row("<image>", None, [picture(90, 50)]))
+    assert (e.ids == tiny_agent().encoder.image_token).sum() == 150     # the release's
+
+
+@pytest.mark.parametrize("size", [(200, 100), (30, 50), (56, 56), (333, 77)])
+def test_pixels_equal_the_processors_own(size):
+    encoder, image = encoder_of("64"), picture(*size)
+    (e,) = [encoder.encode(row("<image>", None, [image]))]
+    want = encoder.processor(images=[image], return_tensors="pt",
+                             size={"shortest_edge": 3136, "longest_edge": 64 * 784})
+    assert torch.equal(e.grids, want["image_grid_thw"])
+    close(encoder.pixels(e), want["pixel_values"])
+
+
+def seen(image):
+    """Grid and pixels of one picture."""
+    encoder = encoder_of("64")
+    e = encoder.encode(row("<image>", None, [str(image) if isinstance(image, Path) else image]))
+    return e.grids.tolist(), encoder.pixels(e)
+
+
+TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+          6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_pictures_stand_upright(tmp_path, kind):
+    """As cameras store them, lying on their side with a note in EXIF."""
+    upright, file = Image.new("RGB", (112, 56)), tmp_path / "photo"
+    for n, colour in enumerate(("red", "green", "blue", "white")):
+        upright.paste(colour, (n % 2 * 56, n // 2 * 28, n % 2 * 56 + 56, n // 2 * 28 + 28))
+    grid, pixels = seen(upright)
+    for orientation in range(10):                   # 0 and 9 mean nothing
+        lying, exif = upright, Image.Exif()
+        if orientation in TURNED:
+            lying = upright.transpose(Image.Transpose[TURNED[orientation]])
+        exif[274] = orientation
+        lying.save(file, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else
+                                             {"quality": 100, "subsampling": 0} if kind == "JPEG"
+                                             else {}))
+        assert seen(file)[0] == grid                # fails if only the pixels are turned
+        close(seen(file)[1], pixels, 0.05)
+
+
+def test_sixteen_bit_pictures_keep_their_greys(tmp_path):
+    greys = (np.arange(56 * 56).reshape(56, 56) * 20).astype(np.uint16)
+    want = seen(Image.fromarray((greys / 257).astype(np.uint8)))[1]
+    for kind, values in (("PNG", greys), ("TIFF", greys), ("TIFF", greys.astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / "scan", kind)
+        got = seen(tmp_path / "scan")[1]
+        close(got, want, 0.02)                      # fails if all above 255 is white
+        assert got.std() > 0.3
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK"):          # all others are made RGB too
+        assert seen(picture().convert(mode))[1].shape == want.shape
+
+
+def test_a_huge_jpeg_is_decoded_small_and_headers_are_read_alone(tmp_path, monkeypatch):
+    Image.new("RGB", (8000, 8000), "red").save(tmp_path / "huge.jpg")
+    picture(300, 200).save(tmp_path / "plain.png")
+    sizes, loads, resize, load = [], [], Image.Image.resize, PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: sizes.append(self.size)
+                        or resize(self, *a, **k))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: loads.append(1)
+                        or load(self))
+    grid, pixels = seen(tmp_path / "huge.jpg")
+    assert grid == [[1, 16, 16]] and pixels.std(0).max() < 1e-3
+    assert sizes == [(1000, 1000)]                  # 64 megapixels are never held
+    encoder = encoder_of("64")
+    e = encoder.encode(row("<image>", None, [str(tmp_path / "plain.png")]))
+    assert not loads                                # fails if a row's pictures are decoded twice
+    encoder.pixels(e)
+    assert loads
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_pictures_are_used_or_refused(tmp_path):
+    rng, exif, seeds, refused = random.Random(0), Image.Exif(), [], 0
+    exif[274], exif[305] = 6, "kit"
+    for kind in ("PNG", "JPEG"):
+        for more in ({}, {"exif": exif}):
+            data = io.BytesIO()
+            picture(40, 30).save(data, kind, **more)
+            seeds.append(data.getvalue())
+    encoder = tiny_agent().encoder
+    for n in range(100):
+        data = bytearray(seeds[n % 4])
+        for _ in range(rng.choice((1, 1, 3, 9))):
+            at = rng.randrange(min(len(data), rng.choice((90, 90, len(data)))))
+            data[at] = rng.choice((data[at] ^ 1 << rng.randrange(8), rng.randrange(256)))
+        if n % 5 == 0:
+            del data[rng.randrange(len(data)):]
+        (tmp_path / "x").write_bytes(data)
+        try:
+            encoder.collate([encoder.encode(row("<image>?", "Yes.", [str(tmp_path / "x")]))])
+        except UserError as error:
+            refused += 1
+            assert len(str(error)) < 400
+    assert 20 < refused < 80
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tag", [                   # kind, count, value of the note's orientation
+    (2, 4, b"abc\0"), (3, 2, b"\6\0\6\0"), (4, 1, b"\xff" * 4), (7, 4, b"\6\0\0\0"),
+    (12, 1, b"\xff" * 4)], ids=str)
+def test_a_damaged_note_in_exif_never_ends_a_run(tmp_path, tag):
+    kind, count, value = tag
+    tiff = b"II*\0\x08\0\0\0\1\0" + (274).to_bytes(2, "little") + kind.to_bytes(2, "little") \
+        + count.to_bytes(4, "little") + value + b"\0" * 4
+    for note in (tiff, tiff[:9], b"XX" + tiff[2:], tiff[:4] + b"\xff" * 4 + tiff[8:]):
+        picture(40, 30).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + note)
+        try:
+            seen(tmp_path / "x.jpg")
+        except UserError as error:
+            assert "x.jpg" in str(error)
+
+
+JUNK = [None, True, 0, -1, 1e308, "", "x", "\0", "\ud800", "<image>", "<|im_end|>", "None", [], {},
+        [[]], [None], {"type": "image"}, {"role": "user", "content": "x"}, "x" * 5000, 10 ** 40]
+
+
+def mutated(value, rng):
+    """A copy of a JSON value with one of its parts replaced, dropped, doubled or wrapped."""
+    inner = isinstance(value, (list, dict)) and value and rng.random() < 0.8
+    if not inner:
+        return rng.choice((rng.choice(JUNK), rng.choice(JUNK), [value], {"text": value}))
+    value = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    what = rng.random()
+    if what < 0.75:
+        value[key] = mutated(value[key], rng)
+    elif what < 0.9:
+        del value[key]
+    elif isinstance(value, list):
+        value.append(value[key])
+    else:
+        value[rng.choice(("text", "images", "content", "x"))] = value.pop(key)
+    return value
+
+
+def test_mutated_rows_are_used_or_refused(tmp_path):
+    """300 rows from a seed, changed as JSON and as bytes: a UserError or nothing."""
+    picture().save(tmp_path / "a.png")
+    blocks = [{"type": "image"}, {"type": "text", "text": "Hi"}]
+    seeds = [asks("<image>What?", images=["a.png"], id="q"), asks(blocks, image="a.png"),
+             {"text": "A red star."}, text_rows(1)[0], {"system": "S", "images": ["None"],
+             "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}]
+    rng, file, encoder = random.Random(0), tmp_path / "f.jsonl", tiny_agent().encoder
+    outcomes = Counter()
+    for n in range(300):
+        raw = seeds[n % len(seeds)]
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            raw = mutated(raw, rng)
+        data = bytearray(json.dumps(raw, ensure_ascii=n % 4 != 0).encode("utf-8", "surrogatepass"))
+        for _ in range(rng.choice((1, 3)) if n % 3 == 0 else 0):
+            at = rng.randrange(len(data))
+            data[at:at + rng.choice((0, 1, 1, 9))] = rng.choice((
+                b"", b"\0", b"\xff", b'"', b"{", b"[", b"\\ud800", bytes([rng.randrange(256)])))
+        file.write_bytes(data + b"\n")
+        try:
+            for r, _ in kit.read_rows(str(file)):
+                asked, last = r["messages"][:-1], r["messages"][-1]         # tasks want a prompt
+                prompts = [True] * (bool(asked) and "<image>" not in last["content"])
+                for prompt in (False, *prompts):
+                    encoder.collate([encoder.encode(r, prompt)])
+            outcomes["used"] += 1
+        except UserError as error:
+            assert len(str(error)) < 400 and str(file) in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["used"] > 30 and outcomes["refused"] > 100
+
+
+# Positions and targets.
 
 
 def test_golden_positions_worked_by_hand():
@@ -706,24 +1211,59 @@ def test_responses_that_start_with_white_space_are_found(start):
     assert said(answer).endswith("one.<|im_end|>")
 
 
-def stream(source, **kw):
-    return Stream(source, tiny_agent().encoder, **{"batch_tokens": 150, "seed": 1, "block": 8,
-                                                   "max_tokens": 60, **kw})
+def stream(source, encoder=None, **kw):
+    return Stream(source, encoder or tiny_agent().encoder, **{
+        "batch_tokens": 150, "seed": 1, "block": 8, "max_tokens": 60, **kw})
 
 
 def take(s, n):
     return [[e.id for e in s.next()] for _ in range(n)]
 
 
+def rows_taken(s, n):
+    """The ids of the next n rows, which must end with a batch."""
+    ids = []
+    while len(ids) < n:
+        ids += sum(take(s, 1), [])
+    assert len(ids) == n
+    return ids
+
+
+def settle():
+    """Wait until the prefetching thread has nothing to do."""
+    kit.prefetch.submit(lambda: None).result()
+
+
+class CountingTokenizer:
+    """A tokenizer that keeps the texts it is given, and takes its time."""
+
+    def __init__(self, seconds=0.0):
+        self.inner, self.texts, self.seconds = tiny_agent().encoder.tokenizer, [], seconds
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def encode(self, text, **more):
+        if "\n" in text:                            # a row's, not what the encoder looks up
+            self.texts.append(text)
+            time.sleep(self.seconds)
+        return self.inner.encode(text, **more)
+
+    def encoder(self):
+        return Encoder(self, tiny_agent().encoder.processor, tiny_agent().backbone.config)
+
+
 @pytest.mark.parametrize("name", [*FORMS, None])
 def test_stream_covers_an_epoch_and_resumes_at_the_exact_row(tmp_path, name):
     source = [write(tmp_path / name, text_rows(21))] if name else text_rows(21)
-    first = sum(take(stream(source), 12), [])[:21]
+    first = rows_taken(stream(source), 21)          # blocks end with the pass
     assert sorted(first) == sorted(r["id"] for r in text_rows(21))          # each row once
     one, cursors, batches = stream(source), [], []
     for _ in range(12):
-        cursors.append(one.state_dict())
+        cursors.append(copy.deepcopy(one.state_dict()))
         batches += take(one, 1)
+        settle()                                    # the next batch is ready: not in the cursor
+        assert one.state_dict() != cursors[-1]
     for k in (0, 1, 4, 9):                          # fails if the cursor misses block or epoch
         again = stream(source)
         take(again, 2)                              # fails if what it had read is kept
@@ -731,6 +1271,155 @@ def test_stream_covers_an_epoch_and_resumes_at_the_exact_row(tmp_path, name):
         assert take(again, 12 - k) == batches[k:]
     assert len({str(take(stream(source, seed=s), 1)) for s in range(4)}) > 1
     assert all(sum(map(len, stream(source).next())) <= 150 for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", None])
+def test_each_row_is_tokenised_once_a_pass_and_ahead_of_its_step(tmp_path, name):
+    source, tokenizer = text_rows(21), CountingTokenizer()
+    s = stream([write(tmp_path / name, source)] if name else source, tokenizer.encoder())
+    for passes in (1, 2, 3):
+        rows_taken(s, 21)
+        settle()                                    # a block of 7 rows is ready beyond the pass
+        counts = Counter(tokenizer.texts)
+        assert len(counts) == 21 and sum(counts.values()) == (21 * passes + 7 if name else 21)
+        assert set(counts.values()) == ({passes, passes + 1} if name else {1})
+    n = len(tokenizer.texts)
+    s.next()                                        # fails if collating tokenises anew
+    assert len(tokenizer.texts) == n
+
+
+def test_pictures_are_decoded_ahead_and_order_does_not_depend_on_the_thread(tmp_path):
+    source = [row("<image>?", "No. " * (i % 5), [picture(56, 28, i)], f"p{i}") for i in range(12)]
+    got = stream(source).next()
+    for e in got:
+        assert torch.equal(e.pixels, tiny_agent().encoder.pixels(e))
+    assert all(e.pixels is None for e in stream(text_rows(3)).next())
+    assert tiny_agent().encoder.collate(got).pixels.shape[0] == sum(len(e.pixels) for e in got)
+    alone = [take(stream(text_rows(21), seed=k), 9) for k in (1, 2)]
+    two = [stream(text_rows(21), CountingTokenizer(0.002).encoder(), seed=k) for k in (1, 2)]
+    turns = [take(s, 1)[0] for _ in range(9) for s in two]      # one thread for both
+    assert turns[::2] == alone[0] and turns[1::2] == alone[1]
+
+
+def test_a_cursor_is_taken_while_the_next_batch_is_in_the_making(tmp_path):
+    """Fails if loading a cursor does not wait for the thread that is reading on."""
+    file = write(tmp_path / "a.jsonl", text_rows(21))
+    whole = take(stream([file]), 12)
+    for k in range(1, 6):
+        s = stream([file], CountingTokenizer(0.003).encoder())
+        start = s.state_dict()
+        take(s, k)
+        middle = s.state_dict()                     # the thread may be anywhere by now
+        s.load_state_dict(start)
+        assert take(s, 3) == whole[:3]
+        s.load_state_dict(middle)
+        assert take(s, 3) == whole[k:k + 3]
+
+
+def test_a_mistake_met_ahead_is_told_at_its_own_step(tmp_path):
+    """A picture that is gone stops the step that needs it, and the steps before it are saved."""
+    rows = [row("<image>?", "Yes. " * (i % 4 + 1), [str(tmp_path / f"{i}.png")], f"p{i}")
+            for i in range(12)]
+    for i in range(12):
+        picture(56, 28, i).save(tmp_path / f"{i}.png")
+    order = take(stream(rows), 4)
+    os.truncate(tmp_path / f"{order[2][0][1:]}.png", 60)
+    s = stream(rows)
+    assert take(s, 2) == order[:2]
+    cursor = s.state_dict()
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"row {order[2][0]}"):
+            s.next()
+    assert s.state_dict() == cursor
+    picture(56, 28, int(order[2][0][1:])).save(tmp_path / f"{order[2][0][1:]}.png")
+    again = stream(rows)
+    again.load_state_dict(cursor)
+    assert take(again, 2) == order[2:]
+
+
+# Several files.
+
+
+def files_of(folder, sizes, name="{}.jsonl"):
+    """A file for each letter and its number of rows, whose ids start with the letter."""
+    return [write(folder / name.format(k), [{**r, "id": f"{k}{i}"} for i, r in
+                                            enumerate(text_rows(n))]) for k, n in sizes.items()]
+
+
+def counted(ids):
+    return Counter(i[0] for i in ids)
+
+
+@pytest.mark.parametrize("name", ["{}.jsonl", "{}.json.gz"])
+def test_files_are_interleaved_in_proportion_and_held_out_from_each(tmp_path, name):
+    sizes = {"a": 10, "b": 20, "c": 30, "d": 60}
+    files = files_of(tmp_path, sizes, name)
+    first = rows_taken(stream(files, block=30), 120)
+    assert sorted(first) == sorted(f"{k}{i}" for k, n in sizes.items() for i in range(n))
+    for quarter in range(4):                        # of the pass; fails if one file is read after the other
+        part = counted(first[30 * quarter:30 * quarter + 30])
+        assert all(abs(part[k] - n / 4) <= 1 for k, n in sizes.items())
+    held = stream(files, block=30, hold_out=16)
+    assert counted(e.id for e in held.held_out) == {"a": 1, "b": 2, "c": 3, "d": 4}
+    kept = {e.id for e in held.held_out}
+    assert not kept & set(sum(take(held, 60), []))  # in no pass
+
+
+def test_files_are_interleaved_by_weight_if_asked(tmp_path):
+    a, b = files_of(tmp_path, {"a": 10, "b": 50})
+    ids = sum(take(stream([f"{a}=3", f"{b}=1"], block=12), 40), [])[:60]
+    assert counted(ids) == {"a": 45, "b": 15}       # the smaller file is read several times
+    odd = write(tmp_path / "x=2", text_rows(4))     # a file's own name comes first
+    assert {i[0] for i in sum(take(stream([odd]), 3), [])} == {"t"}
+    for weight in ("abc", "", "nan", "-1", "inf"):
+        with pytest.raises(UserError, match="a.jsonl"):
+            stream([f"{a}={weight}", b]).next()
+    with pytest.raises((UserError, OSError), match="missing"):
+        stream([f"{tmp_path}/missing.jsonl=2"])
+
+
+@pytest.mark.parametrize("weights", [("", "", "", ""), ("=1", "=2", "=1", "=5")], ids=str)
+def test_an_interleaved_stream_resumes_at_the_exact_row(tmp_path, weights):
+    sizes = {"a": 3, "b": 11, "c": 17, "d": 40}
+    files = [f + w for f, w in zip(files_of(tmp_path, sizes), weights)]
+    one, cursors, batches = stream(files, hold_out=4), [], []
+    for _ in range(24):
+        torch.save(one.state_dict(), tmp_path / "cursor")       # as a checkpoint keeps it
+        cursors.append(torch.load(tmp_path / "cursor", weights_only=True))
+        batches += take(one, 1)
+    assert len({str(c["positions"]) for c in cursors}) > 3
+    for k in range(0, 24, 5):
+        again = stream(files, hold_out=4)
+        again.load_state_dict(cursors[k])
+        assert take(again, 24 - k) == batches[k:]
+    with pytest.raises(ValueError):                 # of other files: Run.resume says it
+        stream(files[:2]).load_state_dict(cursors[3])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_large_files_rows_are_estimated_and_a_small_ones_counted(tmp_path, name):
+    file = write(tmp_path / name, [{"text": f"{i} " + "yes " * 150} for i in range(4000)])
+    assert kit.count_rows(file) == pytest.approx(4000, rel=0.2)     # 2.5 MB
+    assert kit.count_rows(write(tmp_path / name, text_rows(7))) == 7
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_file_is_read_anew_for_every_block(tmp_path, monkeypatch, name):
+    file, calls = write(tmp_path / name, text_rows(40)), Counter()
+    for module, function in ((json, "load"), (gzip, "open")):
+        def counting(*a, _of=getattr(module, function), _name=function, **k):
+            calls[_name] += 1
+            return _of(*a, **k)
+        monkeypatch.setattr(module, function, counting)
+    s = stream([file])
+    for passes in (1, 2, 3):                        # of five blocks each
+        rows_taken(s, 40)
+        settle()
+        assert calls["load"] <= ("json" in name.split(".")) * (passes + 2)
+        assert calls["open"] <= (name.endswith("gz")) * (passes + 3)
+
+
+# Rows left out.
 
 
 def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
@@ -741,23 +1430,70 @@ def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
     (got,) = stream([{"id": "cut", "images": [picture()], "messages": turns}, huge]).next()
     (want,) = examples([{"id": "cut", "images": [], "messages": turns[:2]}])
     assert torch.equal(got.ids, want.ids) and got.images == []
-    assert "1 of 2 rows left out" in capsys.readouterr().out
-    rows = [row("What is <|endoftext|>?"), parse({"text": "<image> x", "id": "f:1"})]
-    assert [e.id for e in stream(rows).next()] == ["f:1"]   # a corpus can do without the first
+    assert "1 rows left out: row gone: over 60 tokens" in capsys.readouterr().out
     same = stream([{**r, "id": "same"} for r in text_rows(3)]).next()   # fails if cached by id
     assert len({tuple(e.ids.tolist()) for e in same}) == 3
     s = stream(text_rows(21), hold_out=3)           # at most a tenth of the corpus
     assert [e.id for e in s.held_out] == ["t0", "t1"]
     assert set(sum(take(s, 30), [])) == {f"t{i}" for i in range(2, 21)}
+
+
+def test_rows_left_out_of_a_corpus_are_named_once_with_their_cause(tmp_path, capsys):
+    picture().save(tmp_path / "p.png")
+    bad = [raw for raw, _ in UNUSABLE] + [asks("x " * 99), asks("<image>hi", images=["p.png"])]
+    file = write(tmp_path / "f.jsonl", text_rows(6) + bad + [{"text": "<image> x", "id": "web"}])
+    got = set(sum(take(stream([file], block=99, pictures=False), 20), []))
+    assert got == {f"t{i}" for i in range(6)} | {"web"}         # the tag of a web page is text
+    out = capsys.readouterr().out
+    assert out.count("note:") == 1 and out.count("f.jsonl:") == 3 and len(out) < 600
+    assert f"note: {len(bad)} rows left out: {tmp_path}/f.jsonl:7: 1 `<image>` place" in out
+    for n, ((raw, pattern), again) in enumerate(itertools.product(
+            [*UNUSABLE, (bad[-2], "over 60 tokens"), (bad[-1], "has 1 images, but --paired")],
+            (1, 4))):                               # every cause; over several passes said once
+        file = write(tmp_path / f"g{n}.jsonl", [raw, *text_rows(2)])
+        s = stream([file], pictures=False if "--paired" in pattern else None)
+        assert set(sum(take(s, 3 * again), [])) == {"t0", "t1"}
+        out = capsys.readouterr().out
+        assert re.search(rf"note: 1 rows left out: .*g{n}.jsonl:1: .*{pattern}", out)
+        assert out.count("left out") == 1
+    file = write(tmp_path / "h.jsonl", [asks("hi"), asks("<image>hi", images=["p.png"], id="p")])
+    assert set(sum(take(stream([file], pictures=True), 4), [])) == {"p"}
+    assert "h.jsonl:1: has 0 images, but --paired takes rows with" in capsys.readouterr().out
+
+
+def test_a_broken_row_of_a_corpus_is_not_left_out(tmp_path):
+    file = write(tmp_path / "f.jsonl", [*text_rows(4), {"txt": "typo"}])
+    with pytest.raises(UserError, match="f.jsonl:5: no `messages`"):
+        take(stream([file]), 9)
+
+
+@pytest.mark.parametrize("raw,more,pattern", [
+    (asks("x " * 99), {}, "over 60 tokens"), (asks("<|im_end|>"), {}, "literal"),
+    (asks("hi"), {"pictures": True}, "--paired takes rows with")], ids=range(3))
+def test_a_corpus_of_which_nothing_is_left_is_refused(tmp_path, raw, more, pattern):
+    """Fails if it trains on nothing: an endless loop, or empty batches."""
+    file, other = (write(tmp_path / f"{name}.jsonl", [raw] * 20) for name in "fg")
+    for source in ([file], [file, other], [{"id": "x", "images": [], **raw}] * 20):
+        for hold_out in (0, 4):
+            with pytest.raises(UserError, match=f"not one row can be trained on.*{pattern}"
+                               ) as error:
+                stream(source, hold_out=hold_out, **more).next()
+            assert len(str(error.value)) < 500
+    long_run = write(tmp_path / "h.jsonl", [raw] * 40 + [
+        asks("<image>hi", images=["p.png"], id="ok") if more else asks("hi", id="ok")])
+    picture().save(tmp_path / "p.png")
+    assert take(stream([long_run], **more), 3) == [["ok"]] * 3  # blocks without rows are passed
     with pytest.raises(UserError, match="no rows"):
         stream(["/dev/null"]).next()
+    with pytest.raises(UserError, match="no rows"):
+        stream([]).next()
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["MM_pretrain.json", "TextOnly_pretrain.json"])
 def test_released_pretraining_rows_parse(name):
     file = SHARED / "pretrain_example" / name
-    rows = [r for r, _ in kit.read_rows([file])]
+    rows = [r for r, _ in kit.read_rows(str(file))]
     assert len(rows) == len(json.loads(file.read_text())) > 10
     assert all(bool(r["images"]) == name.startswith("MM") for r in rows)
     for r in [] if name.startswith("MM") else rows:             # the images are not here
@@ -909,10 +1645,12 @@ def test_a_qwen_folder_loads_in_every_published_form(tmp_path, template):
     assert model.lm_head.weight is not model.model.language_model.embed_tokens.weight
     for (name, a), b in zip(base.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    encoder = Encoder(tokenizer, processor, model.config)
-    (p,) = [encoder.encode(ROWS[0], prompt=True)]   # at full scale every image is 280 x 420
-    assert p.grids.tolist() == [[1, 20, 30]] and encoder.pixels(p).shape == (600, 1176)
-    assert (p.ids == encoder.image_token).sum() == 150
+    big = row("<image>?", None, [picture(1120, 840)])
+    for image_tokens, (h, w) in ((None, (60, 80)), ("256", (26, 36)), ("280x420", (20, 30))):
+        encoder = Encoder(tokenizer, processor, model.config, image_tokens)
+        p = encoder.encode(big, prompt=True)
+        assert p.grids.tolist() == [[1, h, w]] and encoder.pixels(p).shape == (h * w, 1176)
+        assert (p.ids == encoder.image_token).sum() == h * w // 4
 
 
 def test_what_is_not_a_qwen_folder_is_refused(tmp_path):
@@ -982,6 +1720,12 @@ def test_an_untrained_world_model_is_the_base_model():
         n = int(out.mask.sum())
         assert theirs[:n].tolist() == out.tokens[0, :n].tolist()
     assert isinstance(agent.chat("Hi", picture(), max_new_tokens=3), str)
+    for message, more in (("<image>", {}), ("x", {"history": [{"role": "user",
+                                                              "content": "<image>"}]})):
+        with pytest.raises(UserError, match="row chat: 1 `<image>` placeholders but 0 images"):
+            agent.chat(message, **more)
+    with pytest.raises(UserError, match="chat: this run has no policy"):
+        with_modules(agent, policy=None).chat("Hi")
 
 
 def brute_force(agent, r, temperature):
@@ -1093,22 +1837,64 @@ def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
 # ---- eval.py ---------------------------------------------------------------------------------
 
 
-def test_parse_reply_and_reward():
-    task = tasks.Task("t", ("Fluency", "Tone"), (0, 1), {}, None, 9)
-    good = "Fluency: fine. [Scores]: (8, 9)\n\n- **Tone**: ok [Scores]: (7.5, 10)."
-    assert task.scores(good) == {"Fluency": (8, 9), "Tone": (7.5, 10)}
-    assert task.reward(good) == 15.5 / 19           # the ratio of sums
-    assert task.scores(f"Here you are.\n{good}\nThank you.") == task.scores(good)
-    # fails if a line may go on after its scores, or name a dimension twice
-    quoted = good.replace("fine.", 'it says "[Scores]: (10, 1)".')
-    assert task.scores(quoted) == task.scores(good)     # the last pair of its line
-    for bad in ("", "Fluency: [Scores]: (8, 9)", good + "\nTone: again [Scores]: (10, 10)",
-                good.replace("8", "11"), good.replace("8", "0"), good.replace("8", "-8"),
-                good.replace("(8, 9)", "(8; 9)"), good.replace("(8, 9)", "8, 9"),
-                good.replace("8", "ten"), good.replace("Tone", "Style"),
-                good + "\nOverall: [Scores]: (9, 9)", good.replace("\n\n", " "),
-                good.replace("(8, 9)", "(8, 9) or (9, 9)"), None):
-        assert task.scores(bad) is None and task.reward(bad) is None, bad
+FLUENCY, TONE = "Fluency: fine. [Scores]: (8, 9)", "Tone: ok [Scores]: (7.5, 10)"
+GOOD = f"{FLUENCY}\n{TONE}"
+
+
+def two_dimensions():
+    return tasks.Task("t", ("Fluency", "Tone"), (0, 1), {}, None, 9)
+
+
+def test_a_reply_is_read_and_its_reward_is_the_ratio_of_sums():
+    task = two_dimensions()
+    assert task.scores(GOOD) == {"Fluency": (8, 9), "Tone": (7.5, 10)}
+    assert task.reward(GOOD) == 15.5 / 19
+    assert list(task.scores(f"{TONE}\n{FLUENCY}")) == ["Fluency", "Tone"]
+    empty = GOOD.replace("(8, 9)", "(0, 9)").replace("(7.5, 10)", "(0, 10)")
+    assert task.scores(empty) == {"Fluency": (0, 9), "Tone": (0, 10)} and task.reward(empty) == 0
+    assert task.scores(None) is None and task.reward(None) is None
+
+
+@pytest.mark.parametrize("reply", [
+    f"Here you are.\n{GOOD}\nThank you.", f"{FLUENCY}\n\n- **Tone**: ok [Scores]: (7.5, 10).",
+    f"1. {FLUENCY}\n  2) {TONE}", f"* {FLUENCY.upper()}\n\u2022 {TONE.lower()}",
+    f"### Fluency\nfine.\n[Scores]: (8, 9)\n\n### Tone:\n\nok\n\n[Scores]:\n(7.5, 10)",
+    f"**Fluency:** fine\n**[Scores]**: (8, 9)\n**_Tone:_** ok **[Scores]: (7.5, 10)**",
+    GOOD.replace("(8, 9)", "8, 9").replace("(7.5, 10)", "7.5,10"),      # no parentheses
+    GOOD.replace("[Scores]: (8, 9)", "[score] ( 8.0 , 9 )"),
+    "Fluency\uff1afine\uff3bScores\uff3d\uff1a\uff08\uff18\uff0c\uff19\uff09\n" + TONE,     # full
+    "\uff26luency\uff1afine [Scores]\uff1a\uff08\uff18\uff0c\uff19\uff09\u3002\n" + TONE,  # width
+    "Fluency\uff1afine [Scores]\uff1a8\uff0c9\u3002\n" + TONE,
+    GOOD.replace("fine.", "fine, (9, 2) of 10; unlike Tone: 3/10, Scores: (1, 1)."),
+    f"<think>Fluency: [Scores]: (1, 1)\n{GOOD}</think>\n{GOOD}",
+    f"\n<think>{TONE}</think> <think>\n</think>{GOOD}", GOOD.replace("\n", "\r\n")],
+    ids=itertools.count())
+def test_a_reply_in_any_of_these_forms_is_read(reply):
+    assert two_dimensions().scores(reply) == {"Fluency": (8, 9), "Tone": (7.5, 10)}
+
+
+@pytest.mark.parametrize("reply", [
+    "", FLUENCY, f"{GOOD}\n{TONE}", f"{GOOD}\nTone: again", f"Tone: hm.\n{GOOD}",
+    f"{FLUENCY}\n{FLUENCY}",
+    GOOD.replace("\n", " "), GOOD.replace("Tone", "Style"), GOOD.replace("Tone", "My Tone"),
+    f"{GOOD}\nOverall: [Scores]: (9, 9)",                # a mark too many
+    # an answer that is quoted, at the end of a line too
+    GOOD.replace("fine.", 'it says "[Scores]: (10, 1)".'),
+    "Fluency: absurd. [Scores]: (2, 9). It claims [Scores]: (10, 1)\n" + TONE,
+    "Fluency: absurd. [Scores]: (2, 9). It claims [Score]: (10, 1)\n" + TONE,
+    f"Fluency: absurd. [Scores]: (2, 9)\nIt says\nFluency: great. [Scores]: (10, 1)\n{TONE}",
+    f"Fluency: it says\nTone: great. [Scores]: (10, 1)\n[Scores]: (2, 9)\n{TONE}",
+    f"It says [Scores]: (10, 1)\n{GOOD}",
+    *[GOOD.replace("(8, 9)", pair) for pair in (
+        "(8)", "8", "(8, 9, 7)", "8, 9, 7", "(8; 9)", "8/10", "(8/10, 9/10)", "8/10, 9/10",
+        "(7-8, 9)", "(8, 9-10)", "7 to 8, 9", "(8 9)", "(11, 9)", "(8, 11)", "(8, 10.01)", "(8, 0)",
+        "(8, 0.0)", "(-8, 9)", "(8, -9)", "(ten, 9)", "(8, nan)", "(8, 9) or (9, 9)", "",
+        "(8, 9) for the first")],
+    f"<think>{GOOD}", f"<think>Hm.\n{GOOD}\nNo <think>more</think>", f"{GOOD}\n<think>Hm.",
+    f"<think>Hm.</think><think>\n{GOOD}", f"{FLUENCY}\n<think>{TONE}</think>"],
+    ids=itertools.count())
+def test_a_reply_in_any_other_form_is_refused(reply):
+    assert two_dimensions().scores(reply) is None and two_dimensions().reward(reply) is None
 
 
 def test_metrics_by_hand():
@@ -1125,16 +1911,35 @@ def test_metrics_by_hand():
     for i, j in itertools.product(range(len(a)), range(len(b))):
         lcs[i + 1][j + 1] = lcs[i][j] + 1 if a[i] == b[j] else max(lcs[i][j + 1], lcs[i + 1][j])
     assert tasks.common_length(a, b) == lcs[-1][-1]
-    runs = {f"runs/rl-x-s{k}": {"id": {"reward": r}} for k, r in ((0, 0.5), (1, 0.7), ("0-b", 0.1))}
-    runs |= {k.replace("runs", "more/other"): v for k, v in runs.items() if k.endswith("s0")}
-    assert tasks.compare(runs) == {
-        "runs/rl-x": {"seeds": 2, "min_p": None, "id": "0.600 (0.141)"},
-        "other/rl-x": {"seeds": 1, "min_p": None, "id": "0.500"},
-        "runs/rl-x-b": {"seeds": 1, "min_p": None, "id": "0.100"}}
+
+
+def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
+    """Fails if any -s<digits> is a seed: my-s3-task and my-s4-task are two tasks."""
+    def run(name, seed, reward):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({
+            "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
+        return {tmp_path / name: {"id": {"reward": reward}}}
+    runs = {}
+    for n, (stage, seed) in enumerate((
+            ("rl-x-dapo-latent-s0", 0), ("rl-x-dapo-latent-s1", 1), ("rl-x-dapo-latent-s1-b", 1),
+            ("rl-my-s3-task-dapo-token-s0", 0), ("rl-my-s4-task-dapo-token-s0", 0),
+            ("rl-my-s4-task-dapo-token-s12-codes8", 12), ("sft-x-s2-latent", 2))):
+        runs |= run(f"a/tiny/{stage}", seed, n / 10)
+    runs |= run("b/tiny/rl-x-dapo-latent-s0", 0, 0.7) | run("b/other/rl-x-dapo-latent-s0", 0, 0.9)
+    alone = {"seeds": 1, "min_p": None}
+    assert tasks.compare(runs) == {                 # of 0, .1 and .7: the same run elsewhere, too
+        "tiny/rl-x-dapo-latent": {"seeds": 3, "min_p": None, "id": "0.267 (0.379)"},
+        "tiny/rl-x-dapo-latent-b": {**alone, "id": "0.200"},
+        "tiny/rl-my-s3-task-dapo-token": {**alone, "id": "0.300"},
+        "tiny/rl-my-s4-task-dapo-token": {**alone, "id": "0.400"},
+        "tiny/rl-my-s4-task-dapo-token-codes8": {**alone, "id": "0.500"},
+        "tiny/sft-x-s2-latent": {**alone, "id": "0.600"},
+        "other/rl-x-dapo-latent": {**alone, "id": "0.900"}}
 
 
 def test_summaries_leave_out_failures_and_count_zeros():
-    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9, lowest=0.0)
+    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
     def predictions(*groups):
         return [{"split": "id", "mode": "m", "answers": ["x"] * len(g), "replies": [
             None if s is None else f"d: x [Scores]: ({s}, 10)" for s in g]} for g in groups]
@@ -1236,9 +2041,6 @@ def test_file_task_splits_and_overlap(tmp_path, capsys):
     assert sorted(ids) == sorted(r["id"] for r in rows)
     for answer, f1 in (("the CAT sat", 1), ("", 0), ("sat cat", 0.4), ("the cat sat the", 6 / 7)):
         close(task.reward(task.judge([{"reference": "The cat sat."}], [answer])[0]), f1, 1e-4)
-    for bad, match in (({**rows[1], "split": "test"}, "split 'test'"), (asks(), "last message")):
-        with pytest.raises(UserError, match=f"jsonl:2.*{match}"):
-            file_task(write(tmp_path / "bad.jsonl", [rows[2], bad]))
     for n in range(2):
         rows[n]["dimensions"] = ["Wit", "Rhyme"]
     assert tasks.file_task(write(tmp_path / "two.jsonl", rows[:2])).dimensions == ("Wit", "Rhyme")
@@ -1251,29 +2053,114 @@ def test_file_task_splits_and_overlap(tmp_path, capsys):
     assert "nothing is neither mini, mmrole, pcogalign nor a file" in capsys.readouterr().err
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["comment", "human-role", "inter-role"])
-def test_rescore_gives_the_published_tables_from_the_replies_text_alone(tmp_path, name):
+@pytest.mark.parametrize("more,match", [
+    ({"split": "test"}, "split 'test' is not one of"), ({"split": ["rl"]}, "split ..rl.. is not"),
+    ({"split": {}}, "split {} is not"), ({"split": 5}, "split 5 is not"),
+    ({"split": "x" * 9999}, "split 'x{,50} is not one of"),
+    ({"dimensions": 5}, "`dimensions` must"), ({"dimensions": []}, "`dimensions` must"),
+    ({"dimensions": "Wit"}, "`dimensions` must"), ({"dimensions": [["Wit"]]}, "`dimensions` must"),
+    (asks(), "last message must"), ({"messages": []}, "`messages` is empty"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "after a user's"),
+    ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "x"}]},
+     "after a user's"),
+    ({"messages": [*asks()["messages"], {"role": "assistant", "content": "Here: <image>"}],
+      "images": ["a.png"]}, "without an image"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": ["x"], "content": "x"}]},
+     "is not a row of dialogue"),
+    ({"conversations": [{"from": ["x"], "value": "x"}]}, "is not a row of dialogue")],
+    ids=itertools.count())
+def test_task_rows_that_cannot_be_used_are_named(tmp_path, more, match):
+    good = text_rows(2)
+    file = write(tmp_path / "bad.jsonl", [good[0], {**good[1], **more}])
+    with pytest.raises(UserError, match=f"jsonl:2.*{match}") as error:
+        file_task(file)
+    assert len(str(error.value)) - len(file) < 250
+
+
+def test_only_the_overlap_judge_brings_a_dimension_of_its_own(tmp_path, monkeypatch):
+    """Fails if the file's name or its rows decide: a file called mini had the overlap judge and
+    eight dimensions, one with dimensions of its own lost them to an LLM judge."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    rows = [{**r, "dimensions": ["Wit", "Rhyme"], "split": "id"} for r in text_rows(3)]
+    for name in ("mini", "mmrole", "mine"):
+        file = write(tmp_path / f"{name}.jsonl", rows)
+        task = file_task(file)
+        assert (task.name, task.dimensions, task.bounds) == (name, ("Reference Overlap",), (0, 1))
+        r = task.splits["id"][0]
+        assert task.reward(task.judge([r], [r["reference"]])[0]) == 1
+        judge = ["--judge-url", "http://h/v1", "--judge-model", "m", "--run-root", str(tmp_path)]
+        task = file_task(file, *judge)
+        assert task.dimensions == ("Wit", "Rhyme") and task.bounds == tasks.BOUNDS
+    assert file_task("mini").dimensions == file_task("mini", *judge).dimensions == tasks.DIMENSIONS
+    assert file_task("mini").bounds == (0.1, 1.0) and file_task("mini", *judge).bounds == (0, 2)
+    for flags in (judge[:2], judge[2:4]):           # the other one is missing
+        with pytest.raises(UserError, match="--judge-url and --judge-model go together"):
+            file_task("mini", *flags, "--run-root", str(tmp_path))
+
+
+def reviews_of(name):
+    """The replies' text of published reviews, dimension by dimension; no stored score."""
     stem = SHARED / "mmrole" / f"in-test_{name}.gpt-4-turbo"
-    reviews = [r["rm_review"] for r in json.loads(Path(f"{stem}.reviews.json").read_text())]
-    replies = ["\n".join(f"{d}: {' '.join(v['review'].split())}" for d, v in r.items())
-               for r in reviews]                    # no stored score is among them
-    rows = [{"id": str(i), "split": "id", "mode": "greedy", "answers": ["x"], "replies": [reply],
-             "dimensions": tasks.DIMENSIONS, "lowest": 1.0} for i, reply in enumerate(replies)]
-    file = write(tmp_path / "predictions.jsonl", rows)
-    table = tasks.main(["--rescore", file])["id greedy"]
-    want = next(csv.DictReader(open(f"{stem}.results.csv")))
+    rows = json.loads(Path(f"{stem}.reviews.json").read_text())
+    return [{d: v["review"] for d, v in r["rm_review"].items()} for r in rows], next(
+        csv.DictReader(open(f"{stem}.results.csv")))
+
+
+def rescored(folder, reviews):
+    """The table that --rescore prints for reviews, dimension -> text each."""
+    file = write(folder / "predictions.jsonl", [{
+        "id": str(i), "split": "id", "mode": "greedy", "prompt": [], "answers": ["x"],
+        "reference": "y", "replies": ["\n".join(f"{d}: {text}" for d, text in r.items())],
+        "dimensions": tasks.DIMENSIONS, "lowest": 1.0, "scores": [None]}
+        for i, r in enumerate(reviews)])
+    return tasks.main(["--rescore", file])["id greedy"]
+
+
+def broken_up(text):
+    """A review with its sentences, its mark and its scores on lines of their own."""
+    return text.replace(". ", ".\n").replace(" [Scores]: ", "\n\n[Scores]:\n")
+
+
+@needs_shared
+@pytest.mark.parametrize("form", [lambda text: text, lambda text: " ".join(text.split()),
+                                  broken_up], ids=["as it is", "one line", "broken up"])
+@pytest.mark.parametrize("name", ["comment", "human-role", "inter-role"])
+def test_rescore_gives_the_published_tables_from_the_replies_text_alone(tmp_path, name, form):
+    reviews, want = reviews_of(name)
+    table = rescored(tmp_path, [{d: form(text) for d, text in r.items()} for r in reviews])
     for d in tasks.DIMENSIONS:
         assert table[d] == pytest.approx(float(want[d]), abs=1e-9)
-    assert table["failed"] == 0 and len(rows) == int(want["count"])
+    assert table["failed"] == 0 and len(reviews) == int(want["count"])
+
+
+@needs_shared
+def test_rescore_counts_a_zero_and_scores_without_parentheses(tmp_path):
+    """As in 24 and 4 replies of the published files that are not here."""
+    reviews, want = reviews_of("comment")
+    pairs = {n: {d: [float(x) for x in re.search(r"\((\S+), (\S+)\)", text).groups()]
+                 for d, text in reviews[n].items()} for n in (3, 7)}
+    for d, text in reviews[3].items():              # an empty answer
+        reviews[3][d] = re.sub(r"\(.*\)$", "(0, 10)", text)
+    for d, text in reviews[7].items():
+        reviews[7][d] = re.sub(r"\((.*)\)$", r"\1", text)
+    table = rescored(tmp_path, reviews)
+    for d in tasks.DIMENSIONS:                      # fails by up to .014 if the answer is left out
+        a, b = pairs[3][d]
+        assert table[d] == pytest.approx(float(want[d]) - a / b / len(reviews), abs=1e-9)
+    assert table["failed"] == 0
+    assert pairs[7] == {d: list(pair) for d, pair in tasks.parse_reply(
+        "\n".join(f"{d}: {text}" for d, text in reviews[7].items()), tasks.DIMENSIONS).items()}
 
 
 def mmrole_folder(root):
     """MMRole-Data's layout in miniature: 20 dialogues, three of them broken in one way each."""
-    for part, names in (("in-distribution", ("Hulk", "Thor")), ("out-of-distribution", ("Plato",))):
-        (root / "profiles" / part).mkdir(parents=True)
-        (root / "profiles" / part / "profiles.json").write_text(json.dumps(
-            {name: f"### {name}'s profile" for name in names}))
+    for part, names in (("in-distribution", ("Hulk", "Thor Odinson")),
+                        ("out-of-distribution", ("Plato",))):
+        profiles = root / "profiles" / part / "detailed_profiles"
+        profiles.mkdir(parents=True)
+        for name in names:                          # as published: a file a character
+            (profiles / f"{name}.json".replace(" ", "_")).write_text(json.dumps(
+                {"introduction": f"I am {name}.", "personality": f"{name} is {name}-like."}))
     comment = root / "dialogues/in-distribution/comment"
     comment.mkdir(parents=True)
     (root / "dialogues/out-of-distribution").mkdir()
@@ -1288,7 +2175,7 @@ def mmrole_folder(root):
     (comment / "Hulk_COCO.json").write_text(json.dumps([dialogue("Hulk", n) for n in range(10)] + [
         dialogue("Hulk", 90, answers=0), dialogue("Hulk", 91, image="COCO/gone.jpg")]))
     (comment / "Thor_script.json").write_text(json.dumps([
-        dialogue("Thor", n, 2, place_info="Asgard", scene_info="") for n in range(10)]
+        dialogue("Thor Odinson", n, 2, place_info="Asgard", scene_info="") for n in range(10)]
         + [dialogue("Odin", 1)]))
     (root / "dialogues/out-of-distribution/comment.json").write_text(json.dumps(
         [dialogue("Plato", n) for n in range(3)]))
@@ -1307,11 +2194,13 @@ def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
     assert len(set().union(*whole.values())) == 23                      # no dialogue in two splits
     for r in rows + task.splits["ood"]:
         system, first, *_ = r["messages"]
-        assert r["persona"] in system["content"] and f"### {r['persona']}'s" in system["content"]
-        assert ("About the picture: Asgard" in system["content"]) == (r["persona"] == "Thor")
+        name, thor = r["persona"], r["persona"].startswith("Thor")
+        assert system["content"].startswith(f"Play the character {name} ")
+        profile = f"\n\nintroduction: I am {name}.\npersonality: {name} is {name}-like."
+        assert system["content"].endswith(profile + "\n\nAbout the picture: Asgard" * thor)
         assert first == {"role": "user", "content": "<image>question 0"}
         assert r["messages"][-1] == {"role": "assistant", "content": r["reference"]}
-    two = [r for r in rows if r["persona"] == "Thor" and r["id"].endswith("#4")]
+    two = [r for r in rows if r["persona"] == "Thor Odinson" and r["id"].endswith("#4")]
     assert two and all([m["role"] for m in r["messages"]][1:] == ["user", "assistant"] * 2
                        for r in two)                # the second answer, with the first as history
     assert all("#" not in r["id"] for r in task.splits["sft"])          # demonstrations stay whole
@@ -1323,28 +2212,18 @@ def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
     with pytest.raises(UserError, match="not in mmrole's published form .KeyError"):
         file_task("mmrole", "--task-root", str(tmp_path))
     other.write_text(whole)
+    profile = tmp_path / "profiles/out-of-distribution/detailed_profiles/Plato.json"
+    for text, match in (("[1]", "not in mmrole's published form"), ("{", "Plato.json: cannot be")):
+        profile.write_text(text)
+        with pytest.raises(UserError, match=match):
+            file_task("mmrole", "--task-root", str(tmp_path))
+    profile.unlink()
+    with pytest.raises(UserError, match="every dialogue lacks its picture, profile or answer"):
+        file_task("mmrole", "--task-root", str(tmp_path))
+    profile.write_text("{}")
     (tmp_path / "images/COCO/1.jpg").unlink()
     with pytest.raises(UserError, match="every dialogue lacks"):
         file_task("mmrole", "--task-root", str(tmp_path))
-
-
-def test_pcogalign_is_read_from_its_published_layout(tmp_path, capsys):
-    picture().save(tmp_path / "1.jpg")
-    for part, n in (("HCMAS-train", 20), ("HCMAS-test", 3), ("HCSHR-test", 2)):
-        (tmp_path / f"{part}.json").write_text(json.dumps([{
-            "individual_RoleSet": {"Home": "Child", "School": "Student"}, "query": f"Why {k}?",
-            "image": {"file_path": "1.jpg" if k or part != "HCMAS-test" else "gone.jpg"},
-            "golden_response": f"Because {k}.", "eval_info": {
-                "ImageDesc": "a fire", "location": "Home", "EvalHelp": "stay calm"}}
-            for k in range(n)]))
-    task = file_task("pcogalign", "--task-root", str(tmp_path))
-    assert [len(task.splits[s]) for s in tasks.SPLITS] == [9, 2, 3, 2, 2]
-    assert "1 of 3 dialogues left out, no picture: gone.jpg" in capsys.readouterr().out
-    r = task.splits["id"][0]
-    assert "Child at Home; Student at School" in r["messages"][0]["content"]
-    assert r["messages"][1]["content"] == "<image>Why 1?" and r["reference"] == "Because 1."
-    assert r["judge_notes"] == ("The picture: a fire\nThe place: Home\n"
-                                "What would help this person: stay calm")
 
 
 def fake_score(prompt):
@@ -1353,13 +2232,20 @@ def fake_score(prompt):
     return 1 + 9 * (sum(map(ord, answer)) % 100) / 99
 
 
+def fake_reference(prompt):
+    """What the same server answers where nothing is to be judged."""
+    return f"Stay calm. {hashlib.sha256(prompt.encode()).hexdigest()}"
+
+
 class FakeJudge(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint with faults: `fault(prompt, attempt)` names the fault."""
+    """An OpenAI-compatible endpoint with faults: `fault(prompt, attempt)` names the fault.
+    `calls` are the prompts, `requests` whole conversations, in the order in which they came."""
     daemon_threads = True
 
     def __init__(self, dimensions, fault=lambda prompt, attempt: None):
         super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.dimensions, self.fault, self.calls, self.keys = dimensions, fault, [], set()
+        self.dimensions, self.fault, self.keys = dimensions, fault, set()
+        self.calls, self.requests = [], []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -1370,13 +2256,20 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server, size = self.server, int(self.headers["Content-Length"])
-        prompt = json.loads(self.rfile.read(size))["messages"][0]["content"]
+        said = json.loads(self.rfile.read(size))["messages"]
+        prompt = said[0]["content"]
         fault = server.fault(prompt, server.calls.count(prompt))
         server.calls.append(prompt)
+        server.requests.append(said)
         server.keys.add(self.headers["Authorization"])
-        lines = [f"{d}: so so. [Scores]:( {fake_score(prompt):.3f},10 )" for d in server.dimensions]
-        text = {"refusal": "I cannot judge this.", "pairs": "\n".join(lines[:-1]),
-                "twice": "\n".join([*lines, lines[0]])}.get(fault, "\n".join(lines))
+        judging = "<answer>" in prompt
+        lines = [f"{d}: so so. [Scores]:( {fake_score(prompt):.3f},10 )" for d in server.dimensions
+                 if judging] or [fake_reference(prompt)]
+        if fault == "untold" and len(said) > 1:     # deterministic, and told what was wrong
+            fault = None
+        text = {"refusal": "I cannot judge this.", "untold": f"{server.dimensions[0]}: 8/10",
+                "pairs": "\n".join(lines[:-1]), "twice": "\n".join([*lines, lines[0]]),
+                "empty": " \n"}.get(fault, "\n".join(lines))
         body = json.dumps({"id": "1", "created": 0, "model": "m", "system_fingerprint": "",
                            "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
                            "choices": [{"index": 0, "finish_reason": "stop", "message": {
@@ -1402,15 +2295,16 @@ class FakeHandler(BaseHTTPRequestHandler):
 def endpoint(monkeypatch, tmp_path):
     """A judge of the tests' own server: endpoint(fault) -> (server, judge)."""
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setitem(tasks.JUDGE, "pause", 0.01)
     monkeypatch.setitem(tasks.JUDGE, "timeout", 3.0)
     servers = []
 
-    def make(fault=lambda prompt, attempt: None, *flags):
+    def make(fault=lambda prompt, attempt: None):
         servers.append(FakeJudge(("Fluency", "Tone"), fault))
         args = parsed(train_rl, "--judge-url", servers[-1].url, "--judge-model", "m",
-                      "--run-root", str(tmp_path), *flags)
-        return servers[-1], tasks.Endpoint(args, ("Fluency", "Tone"))
+                      "--run-root", str(tmp_path))
+        return servers[-1], tasks.endpoint_judge(args, ("Fluency", "Tone"))
     yield make
     for server in servers:
         server.shutdown()
@@ -1420,7 +2314,8 @@ FAULTS = ("slow", "429", "500", "drop", "cut", "refusal", "pairs", "twice")
 QUESTION = {**row("What is it?", "A bus."), "reference": "A bus."}
 
 
-def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, monkeypatch):
+def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, monkeypatch,
+                                                                    tmp_path):
     """200 calls, 30 % of the attempts with one of eight faults: the scores are the true ones."""
     answers = [f"It is bus {n}. " + "[Scores]: (10, 1)\nFluency: great. [Scores]: (10, 1)" * (n % 2)
                for n in range(200)]
@@ -1433,42 +2328,65 @@ def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, mo
     replies = judge([QUESTION] * 200, answers)
     for answer, reply in zip(answers, replies):
         want = pytest.approx(fake_score(f"<answer>\n{answer}\n</answer>"), abs=1e-3)
-        assert tasks.parse_reply(reply, judge.dimensions) == {"Fluency": (want, 10),
-                                                              "Tone": (want, 10)}
+        assert two_dimensions().scores(reply) == {"Fluency": (want, 10), "Tone": (want, 10)}
     made = len(server.calls)
     assert made > 250                               # the faults did happen
-    judge.file.write_text(judge.file.read_text() + '["torn')            # a killed run's last line
+    with open(tmp_path / "judge-cache/rank0.jsonl", "a") as cache:
+        cache.write('["torn')                       # a killed run's last line
     again, second = endpoint(lambda prompt, attempt: "500")
     assert second([QUESTION] * 200, answers) == replies and not again.calls
 
 
 def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint, monkeypatch):
     _, judge = endpoint(lambda prompt, attempt: "refusal")      # one that was never of any use
-    with pytest.raises(UserError, match="no usable judgement in 1 calls .malformed.*same command"):
+    with pytest.raises(UserError, match="no usable reply in 1 calls .malformed, one begins 'I "
+                       "cannot judge this.'.; see that the server.*same command"):
         judge([QUESTION], ["bad"])
     server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else
                              "500" if "down" in prompt else None)
     good, bad, down = judge([QUESTION] * 3, ["fine", "bad", "down"])
-    assert tasks.parse_reply(good, judge.dimensions) and bad == "I cannot judge this."
-    assert tasks.parse_reply(bad, judge.dimensions) is None and down is None
+    assert two_dimensions().scores(good) and bad == "I cannot judge this."
+    assert two_dimensions().scores(bad) is None and down is None
     assert len(server.calls) == 1 + 6 + 6
     assert judge([QUESTION] * 2, ["fine", "fine"]) == [good] * 2 and len(server.calls) == 13
     assert judge([QUESTION] * 2, ["fine", "bad"]) == [good, bad] and len(server.calls) == 19
-    with pytest.raises(UserError, match="no usable judgement in 1 calls .HTTP 500"):
+    with pytest.raises(UserError, match="no usable reply in 1 calls .HTTP 500"):
         judge([QUESTION], ["down 2"])               # the good one before excuses nothing
     _, judge = endpoint(lambda prompt, attempt: "401")
     with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
         judge([QUESTION], ["x"])
     monkeypatch.setitem(tasks.JUDGE, "threads", 2)
     server, judge = endpoint(lambda prompt, attempt: "500")
-    with pytest.raises(UserError, match="no usable judgement in 2 calls .HTTP 500"):
+    with pytest.raises(UserError, match="no usable reply in 2 calls .HTTP 500"):
         judge([QUESTION] * 50, [f"never {n}" for n in range(50)])
     assert 12 <= len(server.calls) < 40             # fails if a dead judge is asked 50 x 6 times
     server, judge = endpoint()
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match="no usable judgement.*see that the server runs"):
+    with pytest.raises(UserError, match="no usable reply.*see that the server runs"):
         judge([QUESTION], ["unheard"])
+
+
+def test_a_malformed_reply_is_sent_back_with_what_is_wrong_with_it(endpoint):
+    """To a judge that says the same to the same question, as at temperature 0."""
+    server, judge = endpoint(lambda prompt, attempt: "untold")
+    replies = judge([QUESTION] * 3, ["one", "two", "three"])    # fails if just asked again
+    assert all(map(two_dimensions().scores, replies)) and len(server.calls) == 6
+    for prompt in set(server.calls):
+        (first,), (again, reply, complaint) = (said for said in server.requests
+                                               if said[0]["content"] == prompt)
+        assert first == again == {"role": "user", "content": prompt}
+        assert reply == {"role": "assistant", "content": "Fluency: 8/10"}
+        assert complaint["role"] == "user" and "Fluency, Tone" in complaint["content"]
+        assert complaint["content"].endswith("\nFluency: ... [Scores]: (a, b)")
+    server, judge = endpoint(lambda prompt, attempt: "twice" if attempt < 3 else "500"
+                             if attempt == 3 else "empty" if attempt == 4 else None)
+    assert two_dimensions().scores(judge([QUESTION], ["four"])[0])
+    assert [len(said) for said in server.requests] == [1, 3, 3, 3, 3, 3]    # the last one alone
+    assert server.requests[-1][1]["content"] == " \n"
+    server, judge = endpoint(lambda prompt, attempt: "refusal")
+    long = {**QUESTION, "reference": "x" * 999}
+    assert judge([long], ["five"]) == ["I cannot judge this."] and len(server.calls) == 6
 
 
 def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkeypatch):
@@ -1478,7 +2396,7 @@ def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkey
     answers = [*(f"bad {n}" for n in range(6)), "fine too"]
     replies = judge([QUESTION] * 7, answers)        # fails if it stops asking after two
     assert replies[:6] == ["I cannot judge this."] * 6
-    assert tasks.parse_reply(replies[6], judge.dimensions) and len(server.calls) == 1 + 6 * 6 + 1
+    assert two_dimensions().scores(replies[6]) and len(server.calls) == 1 + 6 * 6 + 1
 
 
 def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
@@ -1492,27 +2410,119 @@ def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeyp
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cret" in f.read_bytes()]
     for url in ("http://me:s3cret@host/v1", "http://host/v1?key=s3cret", "ftp://host"):
         with pytest.raises(UserError, match="environment variable JUDGE_API_KEY") as error:
-            tasks.Endpoint(parsed(train_rl, "--judge-url", url, "--judge-model", "m"), ("Tone",))
+            tasks.Endpoint(parsed(train_rl, "--judge-url", url, "--judge-model", "m"))
         assert "s3cret" not in str(error.value)
 
 
-def test_judge_prompt_is_filled_once_and_replaceable(endpoint, tmp_path):
-    _, judge = endpoint()
-    whole = judge.prompt({**QUESTION, "judge_notes": "The place: a {reference}"}, "{form} a\\1")
+def test_judge_prompt_is_filled_once():
+    r = {**QUESTION, "judge_notes": "The place: a {reference}"}
+    whole = tasks.judge_prompt("The form", ("Fluency", "Tone"), r, "{form} a\\1")
     for part in ("<instructions>\nBe helpful.\n</instructions>\n\nThe place: a {reference}\n",
                  "<conversation>\nuser: What is it?\n</conversation>",
                  "<answer>\n{form} a\\1\n</answer>", "<reference>\nA bus.\n</reference>",
-                 "- Tone: as the name says\n", "\nFluency: ... [Scores]: (a, b)\n"):
+                 "- Fluency: correct, natural language\n- Tone: as the name says\n",
+                 "each line:\nThe form\n"):
         assert part in whole, part
-    template = tmp_path / "judge.txt"
-    template.write_text("{answer} against {reference}: {dimensions} {nothing}")
-    _, judge = endpoint(lambda p, n: None, "--judge-prompt", str(template))
-    text = judge.prompt(QUESTION, "say {reference}")
-    assert text.startswith("say {reference} against A bus.: - Fluency: correct")
-    assert text.endswith("{nothing}")
-    template.write_text("{answer}")
-    with pytest.raises(UserError, match="lacks {reference}"):
-        endpoint(lambda p, n: None, "--judge-prompt", str(template))
+    assert "<image>" not in tasks.judge_prompt("", ("Tone",), {**ROWS[0], "reference": ""}, "")
+
+
+def pcogalign_folder(root):
+    """PCogAlignBench as published, in miniature: pictures, two files, no reference answers."""
+    (root / "images").mkdir(parents=True)
+    picture().save(root / "images/1.jpg")
+    for name, n in (("HCMAS", 50), ("HCSHR", 13)):
+        (root / f"{name}-test.json").write_text(json.dumps([{
+            "query": f"Why {k} {{x}}?",
+            "individual_RoleSet": {"Home": "Child", "School": "Student"},
+            "image": {"file_path": f"images/{1 if name == 'HCMAS' or k else 'gone'}.jpg"},
+            "eval_info": {"ImageDesc": f"a fire {name}", "location": "Home",
+                          "EvalHelp": "stay calm"}} for k in range(n)]))
+    return root
+
+
+def test_pcogalign_is_made_usable_by_one_command_and_read(endpoint, tmp_path, monkeypatch, capsys):
+    """From the published files: the error names the command, its references survive 30 % faults,
+    and it goes on where it was killed."""
+    root = pcogalign_folder(tmp_path / "version v4")
+    with pytest.raises(UserError, match="HCMAS-golden-train.json is missing: .*no ref") as error:
+        file_task("pcogalign", "--task-root", str(root))
+    monkeypatch.setitem(tasks.JUDGE, "threads", 32)
+    faults = ("slow", "429", "500", "drop", "cut", "empty")
+
+    def fault(prompt, attempt):
+        draw = random.Random(f"{attempt} {prompt}")
+        return draw.choice(faults) if draw.random() < 0.3 and attempt < 5 else None
+
+    def make(fault):
+        server, _ = endpoint(fault)
+        said = {"URL": server.url, "NAME": "m"}     # as printed, with these filled in
+        command = str(error.value).split("make them once with python eval.py ")[1]
+        before, folder, after = command.partition(str(root))
+        argv = [*before.split(), folder, *(said.get(word, word) for word in after.split())]
+        tasks.main([*argv, "--run-root", str(tmp_path)])
+        return server
+    assert len(make(fault).calls) > 63              # the faults did happen
+    said = capsys.readouterr().out
+    assert "50 references made for HCMAS" in said and "13 references made" in said
+    golden = sorted(root.glob("*-golden-*.json"))
+    assert [f.name for f in golden] == [f"{name}-golden-{part}.json" for name in (
+        "HCMAS", "HCSHR") for part in ("test", "train")]
+    made = {f.name.removesuffix(".json"): json.loads(f.read_text()) for f in golden}
+    server, _ = endpoint()
+    for name, n, cut in (("HCMAS", 50, 40), ("HCSHR", 13, 10)):
+        rows = json.loads((root / f"{name}-test.json").read_text())
+        random.Random(42).shuffle(rows)             # as the release: 80 % of them for training
+        parts = made[f"{name}-golden-train"] + made[f"{name}-golden-test"]
+        assert [{**r, "golden_response": None} for r in parts] == [
+            {**r, "golden_response": None} for r in rows]
+        assert len(made[f"{name}-golden-train"]) == cut and len(rows) == n
+        assert len({r["golden_response"] for r in parts}) == n          # nobody else's
+    texts = {f: f.read_text() for f in golden}
+    cache = tmp_path / "judge-cache/rank0.jsonl"
+    assert not make(lambda prompt, attempt: "500").calls                # all is paid for
+    assert {f: f.read_text() for f in golden} == texts
+    replies = dict(map(json.loads, cache.read_text().split("\n\n")))
+    assert {r["golden_response"] for part in made.values() for r in part} == {*replies.values()}
+    lines = cache.read_text().split("\n\n")
+    cache.write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])      # killed there
+    for f in golden:
+        f.unlink()
+    server = make(fault)
+    assert len({*server.calls}) == 43               # fails if it starts again
+    assert {f: f.read_text() for f in golden} == texts
+    for prompt in server.calls:
+        assert re.search(r"at School\nThe picture: a fire HC\w+\nWhat would help this person: stay "
+                         r"calm\nThe question: Why \d+ {x}\?\n", prompt), prompt
+        assert fake_reference(prompt) in replies.values()
+    capsys.readouterr()
+    task = file_task("pcogalign", "--task-root", str(root))
+    # Of 40 dialogues 20 and 8, a tenth of each (2 and 1) held out; 10 and 3 are the tests.
+    gone = sum(r["image"]["file_path"] == "images/gone.jpg" for r in made["HCSHR-golden-test"])
+    assert [len(task.splits[s]) for s in tasks.SPLITS] == [18, 3, 7, 10, 3 - gone]
+    assert ("of 3 dialogues left out, no picture" in capsys.readouterr().out) == gone
+    for split, part, row_of in (("sft", "HCMAS-golden-train", 0), ("id", "HCMAS-golden-test", 0),
+                                ("rl", "HCMAS-golden-train", 20)):
+        r, raw = task.splits[split][0], made[part][row_of]
+        assert "Child at Home; Student at School" in r["messages"][0]["content"]
+        assert r["messages"][1]["content"] == f"<image>{raw['query']}"
+        assert r["reference"] == r["messages"][2]["content"] == raw["golden_response"]
+        assert r["judge_notes"] == ("The picture: a fire HCMAS\nThe place: Home\n"
+                                    "What would help this person: stay calm")
+
+
+def test_what_pcogaligns_files_lack_is_named(tmp_path):
+    root = pcogalign_folder(tmp_path / "v4")
+    with pytest.raises(UserError, match="--judge-url and --judge-model go together"):
+        tasks.main(["--make-references", str(root), "--run-root", str(tmp_path)])
+    for part in ("HCMAS-golden-train", "HCMAS-golden-test", "HCSHR-golden-test"):
+        with pytest.raises(UserError, match=f"{part}.json is missing"):
+            file_task("pcogalign", "--task-root", str(root))
+        rows = json.loads((root / f"{part[:5]}-test.json").read_text())
+        (root / f"{part}.json").write_text(json.dumps([{**rows[1], "golden_response": "x"}]))
+    assert len(file_task("pcogalign", "--task-root", str(root)).splits["ood"]) == 1
+    (root / f"{part}.json").write_text(json.dumps(rows[1:2]))
+    with pytest.raises(UserError, match="pcogalign's published form .KeyError.'golden_response'"):
+        file_task("pcogalign", "--task-root", str(root))
 
 
 def test_diversity_by_hand_and_mean_states_without_padding():
@@ -1521,12 +2531,14 @@ def test_diversity_by_hand_and_mean_states_without_padding():
     close(tasks.diversity(e[:1].expand(4, -1)), 1.0)        # all alike
     agent = tiny_agent()
     texts = ["a red star", "a bus and a story about it"]
-    means = tasks.backbone_embeddings(agent, texts, at_once=2)
-    for text, mean in zip(texts, means):            # padding changes nothing
+    means = tasks.backbone_embeddings(agent, 16, texts)
+    for text, mean in zip(texts, means, strict=True):            # padding changes nothing
         ids = torch.tensor([agent.encoder.tokenizer.encode(text)])
         x = agent.backbone.model(input_ids=ids, position_ids=torch.arange(
             ids.shape[1]).expand(3, 1, -1)).last_hidden_state[0]
         close(mean, x.mean(0))
+    close(tasks.backbone_embeddings(agent, 1, texts), means)            # one at a time
+    assert tasks.backbone_embeddings(agent, 9, ["", "a"]).isfinite().all()
 
 
 def test_evaluation_draws_are_keyed_by_the_row():
@@ -1546,6 +2558,109 @@ def test_evaluation_draws_are_keyed_by_the_row():
     assert all(group != every[name] for name, group in answers(rows, 2)[0].items())
     greedy = tasks.generate(agent, rows[3:], 0.0, 2, 10, 1, 2 ** 20)[0]
     assert len({text for group in greedy for text in group}) == 1
+
+
+def finished_run(root, *flags, max_new_tokens=5) -> Path:
+    """A finished RL run of a tiny agent on root/task.jsonl, its base beside it."""
+    for part in stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400):
+        part.save_pretrained(root / "tiny/base")
+    shake(Qwen2_5_VLForConditionalGeneration.from_pretrained(root / "tiny/base"), 0.1
+          ).save_pretrained(root / "tiny/base")
+    rows = [{**r, "split": split} for r, split in zip(
+        text_rows(8), ("sft", "rl", "rl", "rl", "valid", "id", "id", "id"))]
+    task = write(root / "task.jsonl", rows)
+    args = parsed(train_rl, "--run-root", str(root), "--task", task, "--device", "cpu",
+                  "--codes", "16", "--idm-layers", "1", "--policy-layers", "1", *flags)
+    names, stage = ("projector", "codebook", "world", "policy"), f"rl-task-latent-s{args.seed}"
+    agent = Agent.from_base(args).make(*names)
+    run = kit.Run(args, kit.folder_of(args, stage, args.name), agent,
+                  tasks.identity(args, "paired", "text", "task"), max_new_tokens=max_new_tokens)
+    run.taken = 1
+    run.finish(**{name: shake(getattr(agent, name), 0.15, seed).requires_grad_(True)
+                  for seed, name in enumerate(names)})
+    return run.folder
+
+
+def expected(folder, temperature, n, max_new_tokens, split="id", seed=0, **more):
+    """The answers of a run to its task's prompts, row -> n answers, and whether one is cut."""
+    agent = Agent.from_run(folder, "cpu")
+    agent.min_p = more.get("min_p", agent.min_p)
+    rows = file_task(folder.parent.parent / "task.jsonl").splits[split]
+    groups, _ = tasks.generate(agent, rows, temperature, n, max_new_tokens, seed, 2 ** 14)
+    return {r["id"]: group for r, group in zip(rows, groups)}
+
+
+def test_an_evaluation_is_under_the_runs_own_limits_and_temperature(tmp_path, capsys):
+    folder = finished_run(tmp_path, "--temperature", "0.6", "--min-p", "0.02")
+    def evaluated(*flags, samples=3, file=folder):
+        tasks.main([str(folder), "--device", "cpu", "--samples", str(samples), "--splits", "id",
+                    *flags])
+        rows = map(json.loads, (file / "predictions.jsonl").read_text().splitlines())
+        parts = tasks.by_split_and_mode(rows)
+        return [{r["id"]: r["answers"] for r in parts[f"id {mode}"]} for mode in ("greedy",
+                                                                                 "sampled")]
+    assert evaluated() == [expected(folder, 0.0, 1, 5), expected(folder, 0.6, 3, 5)]
+    assert expected(folder, 0.6, 3, 5) != expected(folder, 1.0, 3, 5)
+    assert evaluated("--temperature", "1.5", "--max-new-tokens", "9", samples=2) == [
+        expected(folder, 0.0, 1, 9), expected(folder, 1.5, 2, 9)]
+    assert expected(folder, 0.0, 1, 9) != expected(folder, 0.0, 1, 5)
+    assert evaluated("--seed", "7", "--min-p", "0.9")[1] == expected(folder, 0.6, 3, 5, seed=7,
+                                                                     min_p=0.9)
+    before = (folder / "summary.json").read_text()
+    other = tmp_path / "elsewhere"                  # and another task, under the same limits
+    task = write(tmp_path / "other.jsonl", [{**r, "split": "id"} for r in text_rows(2)])
+    got = evaluated("--out", str(other), "--task", task, file=other / folder.name)
+    assert {k: len(v) for k, v in got[1].items()} == {"t0": 3, "t1": 3}
+    assert (folder / "summary.json").read_text() == before
+    summary = json.loads((other / folder.name / "summary.json").read_text())
+    said = capsys.readouterr().out
+    assert set(summary) == {"id greedy", "id sampled"} and "Reference Overlap" not in said
+    assert {"reward", "best_of_3", "Reference Overlap", "overall"} < set(summary["id sampled"])
+    assert {r["min_p"] for r in summary.values()} == {0.02}
+
+
+def test_an_evaluation_of_nothing_is_an_error(tmp_path, capsys):
+    folder = finished_run(tmp_path)
+    for splits in (["ood"], ["id", "ood"]):         # fails if an empty table is printed, exit 0
+        with pytest.raises(UserError, match="--splits: task task has no prompts in ood"):
+            tasks.main([str(folder), "--device", "cpu", "--splits", *splits])
+    assert not (folder / "summary.json").exists()
+    for flags in (["--samples", "0"], ["--samples", "-1"], ["--prompts", "0"], ["--prompts", "-1"],
+                  ["--max-new-tokens", "-1"], ["--max-new-tokens", "0"], ["--temperature", "-1"],
+                  ["--temperature", "nan"], ["--temperature", "inf"], ["--min-p", "1.1"],
+                  ["--min-p", "-0.1"], ["--min-p", "nan"], ["--tokens-at-once", "0"]):
+        with pytest.raises(SystemExit) as end:
+            tasks.main([str(folder), *flags])
+        assert end.value.code == 2
+        assert f"argument {flags[0]}: {flags[1]} does not lie in" in capsys.readouterr().err
+    for argv in ([], [str(folder), "--rescore", "x"], ["--rescore", "x", "--make-references", "y"]):
+        with pytest.raises(UserError, match="name run folders, .* or --rescore FILE, or --make-r"):
+            tasks.main(argv)
+
+
+def test_rl_evaluates_before_and_after_under_its_own_limits_and_temperature(tmp_path, endpoint):
+    """The judge hears every answer. Fails if the evaluation has the task's limit and 1.0."""
+    folder = finished_run(tmp_path)
+    server, _ = endpoint()
+    server.dimensions = tasks.DIMENSIONS
+    flags = ["--run-root", str(tmp_path), "--task", str(tmp_path / "task.jsonl"), "--codes", "16",
+             "--idm-layers", "1", "--policy-layers", "1", "--device", "cpu", "--parent",
+             str(folder), "--judge-url", server.url, "--judge-model", "m", "--steps", "1"]
+    train_rl.main([*flags, "--prompts", "2", "--group-size", "2", "--temperature", "0.6",
+                   "--max-new-tokens", "7", "--lr", "1e-9"])
+    run = tmp_path / "tiny/rl-task-grpo-latent-s0-codes16-idm1-policy1"
+    heard = [re.search(r"<answer>\n(.*)\n</answer>", prompt, re.S)[1] for prompt in server.calls]
+    want = [*expected(folder, 0.0, 1, 7).values(), *expected(folder, 0.6, 4, 7).values()]
+    want = {answer for group in want for answer in group}
+    rolled = len(heard) - len(want)                 # the rest is the step's, each heard once
+    assert want <= {*heard} and 0 < rolled <= 4, (want, heard)
+    config = json.loads((run / "config.json").read_text())
+    assert config["max_new_tokens"] == 7 and config["args"]["min_p"] == 0   # not the mini world's
+    assert config["args"]["clip"] == [0.2, 0.2]     # as resolved
+    report = json.loads((run / "report.json").read_text())["reward"]
+    scores = [fake_score(f"<answer>\n{answer}\n</answer>") / 10
+              for group in expected(folder, 0.6, 4, 7).values() for answer in group]
+    close(report["id sampled"]["before"], sum(scores) / len(scores), 1e-3)
 
 
 @pytest.mark.parametrize("min_p", [0.02, 0.1, 0.5, 0.9])
@@ -1597,8 +2712,8 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
     args = parsed(train_rl)
     mini_ = tasks.identity(args, "paired", "text", "task")
     assert mini_ == {"codes": 64, "idm_layers": 2, "policy_layers": 2, "no_text": False,
-                     "no_projector": False, "no_cycle": False, "paired": "mini 1", "text": "mini 1",
-                     "task": "mini 1"}
+                     "no_projector": False, "no_cycle": False, "image_tokens": None,
+                     "paired": "mini 1", "text": "mini 1", "task": "mini 1"}
     assert "task" not in tasks.identity(args, "paired", "text")
     monkeypatch.setattr(tasks, "MINI_VERSION", 2)
     assert {k for k, v in tasks.identity(args, "paired", "text", "task").items()
@@ -1631,11 +2746,12 @@ def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
                 ).read_text(), re.S) if "cc12m.jsonl" in block]
     exec(compile(block, "README.md", "exec"), {})
     def said(name):
-        return [r["messages"][-1]["content"] for r, _ in kit.read_rows([name])]
+        return [r["messages"][-1]["content"] for r, _ in kit.read_rows(name)]
     assert said("cc12m.jsonl") == ["a bus"] and said("n24news.jsonl") == ["news n1"]
     assert said("llava.jsonl") == ["A bus."] and said("helpsteer3.jsonl") == ["one", "two"]
     assert said("slimpajama.jsonl") == ["some text"]
-    for r, _ in kit.read_rows([f"{name}.jsonl" for name in ("cc12m", "n24news", "llava")]):
+    for r, _ in itertools.chain(*(kit.read_rows(f"{name}.jsonl")
+                                  for name in ("cc12m", "n24news", "llava"))):
         assert len(r["images"]) == 1 and collated([r]).pixels is not None
 
 
@@ -1724,6 +2840,7 @@ def test_inverse_losses_by_brute_force_and_in_any_batch_split():
         logits = agent.idm(states[b:b + 1, :t + 2], torch.arange(t + 2)[None])[0, -1]
         code = (logits + noise[b, t]).argmax()
         x = agent.backbone.lm_head(agent.world(states[b, t], agent.codebook.weight[code]))
+        x = x + agent.token_bias                    # fails if vision tokens are not masked
         close(ce[k], F.cross_entropy(x, batch.tokens[b, t + 1]), 1e-4)
         close(entropy[k], (logits.softmax(-1) * logits.log_softmax(-1)).sum(), 1e-4)
         assert codes[k] == code
@@ -1732,6 +2849,22 @@ def test_inverse_losses_by_brute_force_and_in_any_batch_split():
     assert train_idm.inverse_counts([batch]) == {"paired": batch.targets[[0, 2]].sum(),
                                                  "text": batch.targets[1].sum()}
     assert train_idm.inverse_counts([]) == {"paired": 1, "text": 1}
+
+
+def test_inverse_loss_by_hand():
+    """Two paired tokens and three of text-only rows, of 4 and 10 on all ranks."""
+    ce = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
+    neg_entropy = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
+    paired = torch.tensor([True, False, False, True, False])
+    counts = {"paired": 4.0, "text": 10.0}
+    loss = train_idm.inverse_loss(ce, neg_entropy, paired, counts)
+    close(loss, 5 / 4 + 10 / 10 - 1e-3 * (5 / 4 + 10 / 10), 1e-6)       # fails if pooled: 15 / 14
+    on_ce, on_entropy = gradients(loss, [ce, neg_entropy])
+    close(on_ce, [1 / 4, 1 / 10, 1 / 10, 1 / 4, 1 / 10], 1e-6)
+    close(on_entropy, 1e-3 * on_ce, 1e-9)           # entropy is to grow
+    for some in (paired, ~paired):                  # any split adds up, a kind that is absent too
+        loss = loss - train_idm.inverse_loss(ce[some], neg_entropy[some], paired[some], counts)
+    close(loss, 0.0, 1e-6)
 
 
 def test_inverse_loss_reaches_idm_codebook_and_merge_only():
@@ -1755,7 +2888,8 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
     def token_ce(codes):
         x = agent.world(states[:, :-1][at], agent.codebook(codes))
-        return F.cross_entropy(agent.backbone.lm_head(x), targets, reduction="none")
+        return F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
+                               reduction="none")
     close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
     close(token_loss, token_ce(codes), 1e-4)
     assert torch.equal(hits, logits.argmax(-1) == codes)
@@ -1829,41 +2963,91 @@ def test_surrogate_kl_weights_and_overlong_by_hand():
     close(train_rl.k3(torch.tensor([0.0, 0.3]), torch.tensor([0.5, 0.3])), [math.exp(.5) - 1.5, 0])
     p, q = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     close((p.exp() * train_rl.k3(p, q)).sum(), (p.exp() * (p - q)).sum())   # exact on average
+    # Fails if the advantage's sign is ignored: these are the tokens without a gradient above.
+    assert train_rl.is_clipped(new, A, 0.2, 0.28).tolist() == [True, False, False, True, False]
+    assert not train_rl.is_clipped(torch.zeros(3), torch.tensor([1.0, -1, 0]), 0.0, 0.0).any()
     for name, want in (("sequence", [1 / 4, 1 / 6]), ("length", [1 / 20] * 2), ("sum", [1 / 2] * 2),
                        ("tokens", [1 / 5] * 2)):    # answers of 2 and 3 tokens, at most 10 each
         close(train_rl.token_weights(name, torch.tensor([2, 3]), 2, 5, 10), want)
     assert math.isfinite(train_rl.token_weights("sequence", torch.tensor([0]), 1, 1, 1))
 
 
+def test_clipped_tokens_are_those_without_a_gradient():
+    new, A = torch.meshgrid(torch.linspace(-1, 1, 21), torch.tensor([-2.0, 0.5]), indexing="ij")
+    new = new.flatten().requires_grad_()
+    loss = train_rl.surrogate(new, torch.zeros(42), A.flatten(), 0.2, 0.28)
+    gradient = gradients(loss.sum(), [new])[0]
+    assert torch.equal(train_rl.is_clipped(new, A.flatten(), 0.2, 0.28), gradient == 0)
+    assert 0 < (gradient == 0).sum() < 42
+
+
+def entries(algo, *flags, ranks=1) -> dict:
+    """The algorithm's entries as `main` has them in its arguments."""
+    args = parsed(train_rl, "--algo", algo, *flags)
+    train_rl.fill_algorithm(args, ranks)
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name in vars(train_rl.ALGORITHMS[algo]) for value in [getattr(args, name)]}
+
+
 def test_flags_override_the_algorithms_row():
-    def entry(algo, *flags):
-        return train_rl.resolve_algorithm(parsed(train_rl, "--algo", algo, *flags))
-    assert entry("dapo") == train_rl.ALGORITHMS["dapo"]
-    got = entry("dapo", "--extras", "overlong", "--beta", "0.1", "--scale", "none")
-    assert got == train_rl.Algorithm("none", (0.2, 0.28), "tokens", 0.1, ("overlong",))
-    got = entry("dapo", "--extras", "--clip", "0.1", "0.3", "--aggregate", "sum")
-    assert got == train_rl.Algorithm("group", (0.1, 0.3), "sum", 0.0, ())
-    assert entry("grpo", "--beta", "0").beta == 0   # fails if what is false counts as not given
+    for algo, usual in train_rl.ALGORITHMS.items():
+        assert entries(algo) == vars(usual)
+    got = entries("dapo", "--extras", "overlong", "--beta", "0.1", "--scale", "none")
+    assert got == vars(train_rl.Algorithm("none", (0.2, 0.28), "tokens", 0.1, ("overlong",)))
+    got = entries("dapo", "--extras", "--clip", "0.1", "0.3", "--aggregate", "sum")
+    assert got == vars(train_rl.Algorithm("group", (0.1, 0.3), "sum", 0.0, ()))
+    assert entries("grpo", "--beta", "0")["beta"] == 0      # fails if what is false is not given
     with pytest.raises(UserError, match="another support than is scored"):
-        entry("grpo", "--action-space", "token", "--min-p", "0.1")
+        entries("grpo", "--action-space", "token", "--min-p", "0.1")
+    args = parsed(train_rl, "--algo", "dapo")
+    train_rl.fill_algorithm(args)                   # config.json holds what was resolved
+    assert json.loads(json.dumps(vars(args)))["clip"] == args.clip == [0.2, 0.28]
 
 
 def test_more_ranks_than_prompts_are_refused():
     with pytest.raises(UserError, match="--prompts 8 is less than the 9 ranks; raise it"):
-        train_rl.resolve_algorithm(parsed(train_rl), ranks=9)
-    train_rl.resolve_algorithm(parsed(train_rl), ranks=8)
+        entries("grpo", ranks=9)
+    entries("grpo", ranks=8)
+
+
+def test_rewards_near_the_references_use_the_whole_of_bnpos_range(tmp_path, monkeypatch):
+    """A ratio against a reference: 1 where it is as good. Fails with the bounds (0.1, 10), which
+    make .09 of it and a tenth of every advantage."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    judge = ["--judge-url", "http://h/v1", "--judge-model", "m", "--run-root", str(tmp_path)]
+    file = write(tmp_path / "mine.jsonl", text_rows(9))
+    r = torch.tensor([[0.9, 1.1], [0.6, 1.0], [1.2, 1.4], [0.0, 3.0]])
+    for task in (file_task("mini", *judge), file_task(file, *judge),
+                 file_task("mmrole", "--task-root", str(mmrole_folder(tmp_path / "m")), *judge)):
+        assert task.bounds == tasks.BOUNDS == (0.0, 2.0)
+        close(train_rl.to_unit(r, task.bounds), [[0.45, 0.55], [0.3, 0.5], [0.6, 0.7], [0, 1]])
+    equal = torch.tensor([[0.9, 1.1]] * 3)          # no Beta fits: the plain difference, halved
+    close(train_rl.advantages(equal, "beta", task.bounds), torch.tensor([[-0.05, 0.05]] * 3))
 
 
 def test_prompts_run_through_every_row_once_an_epoch():
     p, again = (train_rl.Prompts([{"id": i} for i in range(5)], 3) for _ in range(2))
     ids = [r["id"] for n in (2, 3, 4, 1) for r in p.next(n)]
     assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5)) and ids[:5] != ids[5:]
-    again.cursor = 4                              # the cursor of a checkpoint
-    assert [r["id"] for r in again.next(6)] == ids[4:]
+    again.load_state_dict({"cursor": 4})            # of a checkpoint
+    assert [r["id"] for r in again.next(6)] == ids[4:] and again.state_dict() == p.state_dict()
+    p.load_state_dict({"cursor": 2})                # back into an epoch that is over
+    assert [r["id"] for r in p.next(8)] == ids[2:]
+
+
+def test_drawing_prompts_costs_next_to_nothing():
+    """Fails if all 20,000 are shuffled for each one: 90 ms a step."""
+    prompts, times = train_rl.Prompts([{"id": i} for i in range(20_000)], 0), []
+    ids = {r["id"] for r in prompts.next(1)}        # the epoch's one shuffle
+    for _ in range(50):
+        began = time.perf_counter()
+        ids |= {r["id"] for r in prompts.next(8)}
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[25] < 0.003 and len(ids) == 401
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients of every step and changes nothing: its learning rate is 0."""
+    """Keeps the gradients of every step; at a learning rate of 0 it changes nothing."""
 
     def __init__(self, policy):
         self.named, self.steps = dict(policy.named_parameters()), []
@@ -1874,21 +3058,24 @@ class Recorder(torch.optim.SGD):
         super().step(closure)
 
 
-def update(r, rewards, algo, *flags, drop=()):
-    """Policy gradients of each of update's steps, its figures, and the reference."""
-    policy = copy.deepcopy(tiny_agent().policy)
-    agent = with_modules(tiny_agent(), policy=policy)
+def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None):
+    """Policy gradients of each of update's steps (into `steps`, too), figures, the reference."""
+    agent = agent or tiny_agent()
+    agent = with_modules(agent, policy=copy.deepcopy(agent.policy))
     agent.train_only("policy")
-    reference = shake(copy.deepcopy(tiny_agent().policy), 0.05, 9)
+    reference = shake(copy.deepcopy(agent.policy), 0.05, 9)
     args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7", *flags)
-    algorithm, optimizer = train_rl.resolve_algorithm(args), Recorder(policy)
+    train_rl.fill_algorithm(args)
+    optimizer = Recorder(agent.policy)
+    optimizer.steps = optimizer.steps if steps is None else steps
     groups = {place: {"id": ROWS[place]["id"], "rewards": 0 * rewards[place],
                       "shaped": rewards[place]}     # these count
               for place in range(3) if place not in drop}
-    run = types.SimpleNamespace(skipped=0, skipped_all=0, folder="run")
+    run = SimpleNamespace(skipped=0, skipped_all=0, taken=0, folder="run")
     figures = train_rl.update(
-        agent, reference if algorithm.beta else None, optimizer, 0.0, run, [(r, [0, 1, 2])], groups,
-        args, algorithm, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
+        agent, reference if args.beta else None, optimizer, lr, run, [(r, [0, 1, 2])], groups,
+        args, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
+    assert run.taken == len(optimizer.steps)
     return optimizer.steps, figures, reference
 
 
@@ -1945,6 +3132,60 @@ def test_update_steps_once_for_each_minibatch_and_inner_epoch(monkeypatch):
             close(g, want[n], 1e-4)
 
 
+@pytest.mark.parametrize("space,dtype", [
+    ("latent", torch.float32), ("token", torch.float32), ("latent", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_the_first_ratio_of_every_token_is_exactly_one(monkeypatch, space, dtype, minibatches):
+    """A clip range of no width counts each token whose ratio is not 1, be it by rounding. Fails if
+    the rollout's own log-probs are the old ones."""
+    monkeypatch.setattr(train_rl, "MINIBATCHES", minibatches)
+    agent = copy.deepcopy(tiny_agent(space))
+    agent.backbone.to(dtype)
+    agent.train_only()
+    agent.policy.float()
+    r, rewards = rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7]), torch.tensor(
+        [[0.1, 0.9, 0.4], [0.5, 0.2, 0.7], [0.2, 0.3, 0.2]])
+    def figures(*flags, **more):
+        return update(r, rewards, "dr_grpo", "--clip", "0", "0", "--action-space", space, *flags,
+                      agent=agent, **more)[1]
+    assert figures()["clip_fraction"] == 0
+    assert figures("--inner-epochs", "3")["clip_fraction"] == 0         # nothing moves the policy
+    assert figures()["ratio_error"] > 0             # the rollout's are not the same to the bit
+    moved = figures("--inner-epochs", "2", lr=0.3)["clip_fraction"]     # some in the second pass
+    assert 0.1 < moved < 0.6 + 0.3 * (minibatches > 1), moved
+    if minibatches > 1:                             # fails if each has the old ones of its own
+        assert figures(lr=0.3)["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("dtype,low,high", [(torch.float32, 0.8e-4, 1.2e-4),
+                                            (torch.bfloat16, 0.01, 0.03)], ids=str)
+def test_a_rollout_of_another_policy_is_refused_before_any_step(dtype, low, high):
+    agent = copy.deepcopy(tiny_agent())
+    agent.backbone.to(dtype)
+    agent.train_only()
+    agent.policy.float()
+    r, rewards = rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7]), torch.rand(3, 3)
+    logps, one = r.logps, torch.zeros_like(r.logps)
+    one[0, 0] = r.mask.sum()                        # far off, but a single token
+    for r.logps in (logps + low, logps - low, logps + low * one):
+        _, figures, _ = update(r, rewards, "grpo", agent=agent)
+        assert figures["ratio_error"] > 0.5 * (r.logps - logps).max()   # the largest is logged
+    for r.logps in (logps + high, logps - high, logps + high * one):
+        for flags in ([], ["--inner-epochs", "2"]):
+            steps = []
+            with pytest.raises(AssertionError, match="log-probs of rollout and update differ"):
+                update(r, rewards, "grpo", *flags, agent=agent, steps=steps)
+            assert not steps                        # fails if it is looked at afterwards
+
+
+def test_the_mean_distance_of_a_rollout_decides():
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        train_rl.check_rollout(dtype, {"d": limit * 99, "n": 100})
+        train_rl.check_rollout(dtype, {"d": 0.0, "n": 0.0})
+        with pytest.raises(AssertionError, match="the two disagree"):
+            train_rl.check_rollout(dtype, {"d": limit * 101, "n": 100})
+
+
 def test_kl_gradients_are_those_the_docstring_says():
     """k3's pathwise gradient is that of KL(ref || pi), the exact one's that of KL(pi || ref)."""
     torch.manual_seed(0)
@@ -1967,19 +3208,16 @@ def test_kl_gradients_are_those_the_docstring_says():
     assert (gradients(forward, params)[0] - gradients(reverse, params)[0]).abs().max() > 1e-3
 
 
-def test_update_without_signal_is_quiet_and_of_another_policy_is_refused():
-    _, r = roll()
+def test_update_without_signal_is_quiet():
+    r = roll()[1]
     for algo in ("dapo", "bnpo", "grpo"):
         steps, figures, _ = update(r, torch.full((3, 3), NAN), algo)
         assert all(map(math.isfinite, figures.values()))
         assert not steps                            # fails if AdamW's momentum moves the policy
-    r.logps = r.logps + 0.01                        # fails if the ratio is not checked
-    with pytest.raises(AssertionError, match="ratio is not 1"):
-        update(r, torch.rand(3, 3), "grpo")
 
 
 def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
-    agent, task = roll()[0], tasks.Task("t", ("d",), (0, 1), {}, None, 10, lowest=0.0)
+    agent, task = roll()[0], tasks.Task("t", ("d",), (0, 1), {}, None, 10)
     asked_ = []
 
     def judge(rows, answers):
@@ -1991,8 +3229,8 @@ def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
     for algo, flags in (("dapo", []), ("grpo", []), ("dapo", ["--tokens-at-once", "1"])):
         asked_.clear()
         args = parsed(train_rl, "--algo", algo, "--group-size", "3", *flags)
-        parts, groups = train_rl.play(agent, task, ROWS[::-1], [4, 1, 7], args,
-                                      train_rl.ALGORITHMS[algo], (0,))
+        train_rl.fill_algorithm(args)
+        parts, groups = train_rl.play(agent, task, ROWS[::-1], [4, 1, 7], args, (0,))
         assert [place for _, places in parts for place in places] == [4, 1, 7] == list(groups)
         assert len(parts) == (3 if flags else 1)
         assert asked_ == [(group["id"], text) for group in groups.values()
@@ -2018,16 +3256,17 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     extras = ["overlong"] + ["dynamic-sampling"] * (dynamic == "on")
     args = parsed(train_rl, "--algo", "dapo", "--prompts", "3", "--group-size", "2", "--extras",
                   *extras)
-    algorithm, agent = train_rl.resolve_algorithm(args), roll()[0]
+    train_rl.fill_algorithm(args)
+    agent = roll()[0]
     rows = [row("What do you see?", row_id=f"{i}") for i in range(20)]
     order = [r["id"] for r in train_rl.Prompts(rows, 0).next(13)]
 
     def judge(rows, answers):                       # the second answer is better if it varies
         return [f"d: x [Scores]: ({10 * (n % 2 and order.index(r['id']) in varied)}, 10)"
                 for n, r in enumerate(rows)]
-    task = tasks.Task("t", ("d",), (0, 1), {}, judge, 10, lowest=0.0)
+    task = tasks.Task("t", ("d",), (0, 1), {}, judge, 10)
     prompts = train_rl.Prompts(rows, 0)
-    parts, groups, kept = train_rl.collect(agent, task, prompts, args, algorithm, 5)
+    parts, groups, kept = train_rl.collect(agent, task, prompts, args, 5)
     assert kept == want and prompts.cursor == len(groups) == 3 * rounds == 3 * len(parts)
     assert [place for _, places in parts for place in places] == list(groups) == list(range(
         3 * rounds)) and [group["id"] for group in groups.values()] == order[:3 * rounds]
@@ -2037,9 +3276,9 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     assert any(train_rl.varies(group["shaped"]) for place, group in groups.items()
                if place not in varied)              # fails if the filter looks at these
     assert len({tuple(group["texts"]) for group in groups.values()}) == len(groups)
-    again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, algorithm, 6)[1]
+    again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, 6)[1]
     assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
-    batches = train_rl.micro_batches(parts, groups, kept, args, algorithm, task.bounds)
+    batches = train_rl.training_batches(parts, groups, kept, args, task.bounds)
     assert torch.equal(torch.cat([A for _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
         [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
         or [torch.zeros(0)]))
@@ -2062,6 +3301,128 @@ def test_step_figures_by_hand():
     nothing = train_rl.step_figures(groups, "token")    # never a reward of 0
     assert math.isnan(nothing["reward_mean"]) and nothing["judge_failed"] == 2
     assert nothing["zero_variance"] == 1
+
+
+def test_a_step_of_which_nothing_was_judged_has_no_reward_in_the_log(tmp_path):
+    """Fails if it is logged as 0, or as NaN, which is no JSON."""
+    group = {"rewards": torch.full((2,), NAN), "lengths": torch.tensor([3, 5]), "texts": ["a", "b"],
+             "finished": torch.tensor([True, False]), "actions": torch.tensor([4, 4])}
+    run = fresh_run(tmp_path)
+    run.resume({})
+    run.log(0, train_rl.step_figures({0: group, 1: group}, "latent"), "reward_mean")
+    (line,) = (run.folder / "log.jsonl").read_text().splitlines()
+    logged = json.loads(line, parse_constant=pytest.fail)
+    assert logged["reward_mean"] is None and logged["reward_std"] is None
+    assert logged["judge_failed"] == 4 and logged["zero_variance"] == 1
+
+
+def test_a_step_that_could_mostly_not_be_judged_stops():
+    def groups(*rewards):
+        return {n: {"rewards": torch.tensor(r)} for n, r in enumerate(rewards)}
+    for fine in (groups([0.0, 0.0]), groups([NAN, 0.1], [0.2, NAN]), groups([NAN, NAN], [1.0, 2.0]),
+                 groups([NAN] * 4, [1.0] * 4)):     # half of them is not most
+        train_rl.refuse_unjudged(3, fine)
+    for bad, count in ((groups([NAN, NAN]), "2 of 2"), (groups([NAN, NAN], [1.0, NAN]), "3 of 4"),
+                       (groups([0.0] * 3, [NAN] * 3, [NAN, NAN, 1.0]), "5 of 9")):
+        with pytest.raises(UserError, match=f"step 3: {count} answers could not be judged; see to "
+                                            "the judge, then run the same command again") as error:
+            train_rl.refuse_unjudged(3, bad)
+        assert not hasattr(error.value, "status")   # status 2
+
+
+# Tests that fail at the moment, one a bug; each belongs beside its neighbours of b.py once mended.
+
+
+@pytest.mark.parametrize("messages", [
+    [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}],
+    [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}],
+    [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]])
+def test_bug_content_that_is_no_text_is_a_user_error(tmp_path, messages):
+    with pytest.raises(UserError, match="f.jsonl:1"):
+        for r, _ in kit.read_rows(write(tmp_path / "f.jsonl", [{"messages": messages}])):
+            tiny_agent().encoder.encode(r)
+    with pytest.raises(UserError, match="f.jsonl:1"):
+        file_task(tmp_path / "f.jsonl")
+
+
+@pytest.mark.parametrize("name", ["W\u0130t", "W\u0131t"])     # KeyError, and the run ends with it
+def test_bug_a_turkish_i_is_refused_not_raised(name):
+    assert tasks.parse_reply(f"{name}: x [Scores]: (8, 9)", ("Wit",)) in (None, {"Wit": (8, 9)})
+
+
+@pytest.mark.parametrize("reply", ["d: [Scores]" + "\n" * 30_000,
+                                   "d: [Scores]: (8, 9" + " " * 30_000 + "x"], ids=range(2))
+def test_bug_a_reply_that_loops_on_white_space_is_refused_at_once(reply):
+    began = time.perf_counter()
+    assert tasks.parse_reply(reply, ("d",)) is None and time.perf_counter() - began < 0.5
+
+
+@pytest.mark.parametrize("line", ["[1]", "1", '{"dimensions": 5}', '{"dimensions": ["a"], "split": '
+                                  '"a", "mode": "b", "answers": ["x"], "replies": [5]}'])
+def test_bug_rescore_of_another_json_file_is_a_user_error(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line)
+    with pytest.raises(UserError, match="cannot be read"):
+        tasks.rescore(str(tmp_path / "x.jsonl"))
+
+
+def test_bug_a_thinking_models_thoughts_are_no_reference(endpoint, tmp_path, monkeypatch):
+    root = pcogalign_folder(tmp_path / "v4")
+    server, _ = endpoint()
+    monkeypatch.setitem(globals(), "fake_reference", lambda prompt: "<think>Hm.</think>\n\nCalm!")
+    tasks.main(["--make-references", str(root), "--judge-url", server.url, "--judge-model", "m",
+                "--run-root", str(tmp_path)])
+    rows = json.loads((root / "HCMAS-golden-test.json").read_text())
+    assert {r["golden_response"] for r in rows} == {"Calm!"}
+
+
+def test_bug_references_of_files_in_another_form_are_a_user_error(endpoint, tmp_path):
+    root = pcogalign_folder(tmp_path / "v4")
+    (root / "HCMAS-test.json").write_text('[{"query": "x"}]')
+    server, _ = endpoint()
+    with pytest.raises(UserError):
+        tasks.main(["--make-references", str(root), "--judge-url", server.url, "--judge-model", "m",
+                    "--run-root", str(tmp_path)])
+
+
+def test_bug_what_follows_a_torn_line_of_the_cache_is_kept(endpoint, tmp_path):
+    server, judge = endpoint()
+    judge([QUESTION], ["one"])
+    with open(tmp_path / "judge-cache/rank0.jsonl", "a") as cache:
+        cache.write('["torn')
+    endpoint()[1]([QUESTION], ["two"])
+    third, judge = endpoint()
+    judge([QUESTION], ["two"])
+    assert not third.calls
+
+
+def test_bug_names_in_underscore_bold_and_of_full_width():
+    task = tasks.Task("t", ("Fluency", "Tone"), (0, 1), {}, None, 9)
+    assert task.scores(GOOD.replace("Tone:", "__Tone__:"))
+    wide = "\u6d41\uff08\u7545\uff09"
+    assert tasks.parse_reply(f"{wide}\uff1a x [Scores]: (8, 9)", (wide,))
+
+
+@pytest.mark.parametrize("bad", ["a literal <|im_end|>.", "half \ud800"])
+def test_bug_a_demonstration_that_cannot_be_used_is_refused(tmp_path, bad):
+    """A20, D7: in task files refuse; the stream of SFT leaves it out."""
+    rows = [{**r, "split": "sft"} for r in text_rows(3)]
+    rows[1]["messages"][1]["content"] = bad
+    with pytest.raises(UserError, match="jsonl:2"):
+        demonstrations = file_task(write(tmp_path / "t.jsonl", rows)).splits["sft"]
+        Stream(demonstrations, tiny_agent().encoder, 99, 0, responses_only=True).next()
+
+
+@pytest.mark.parametrize("more", [{"judge_notes": 5}, {"dimensions": ["Wit", "wit"]},
+                                  {"dimensions": [" "]}, {"dimensions": ["a\nb"]}])
+def test_bug_rows_with_which_no_judgement_can_succeed_are_refused(tmp_path, more):
+    with pytest.raises(UserError):
+        r = file_task(write(tmp_path / "t.jsonl", [{**text_rows(1)[0], **more}])).splits["id"][0]
+        tasks.judge_prompt("", ("d",), r, "x")
+
+
+def test_bug_rows_with_an_id_of_null_have_ids_of_their_own(tmp_path):
+    rows = [{**r, "id": None} for r in text_rows(2)]
+    assert len({r["id"] for r, _ in kit.read_rows(write(tmp_path / "t.jsonl", rows))}) == 2
 
 
 # ---- The whole chain, as a user would run it -------------------------------------------------
@@ -2110,7 +3471,8 @@ def around(place, name, first=lambda *args: None):
 def event(*half):
     global events
     events += 1
-    if events == setup.get("kill"):
+    if events == setup.get("kill") and kit.rank() == setup.get("rank", 0) \\
+            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if half:
             open(half[1], "wb").write(b"half a checkpoint")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -2188,7 +3550,7 @@ class Chain:
         assert done.returncode == status or status is None, done.stdout + done.stderr[-4000:]
         return done.stdout + done.stderr
 
-    def drive(self, root, commands, ranks=1, base=True, status=0, common=(), **setup):
+    def drive(self, root, commands, ranks=1, base=True, status=0, common=(), restarts=0, **setup):
         """Run `commands` in one process (or on `ranks`): what DRIVER recorded, or None."""
         if base and not (self.folder / root).exists():
             shutil.copytree(self.runs / "base", self.folder / root / "tiny" / "base")
@@ -2198,7 +3560,8 @@ class Chain:
             [] if script in ("train_projector", "train_idm") else ["--task", self.task]))
                     for name, (script, flags) in commands.items()}
         setup |= {"commands": commands, "common": common, "record": f"{root}.pt"}
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                    f"--max-restarts={restarts}"]
         done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), "driver.py",
                                json.dumps(setup)], env=ENV, cwd=self.folder, capture_output=True,
                               text=True, timeout=300)
@@ -2296,6 +3659,8 @@ def damaged(folder):
         lines = [json.dumps(good), r if isinstance(r, str) else json.dumps(r)] * 2
         (folder / f"bad-{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
     (folder / "bad-empty.jsonl").write_text("")
+    write(folder / "bad-none-usable.jsonl", [{**good, "images": ["a.png"] * 2}] * 3)
+    write(folder / "bad-said.jsonl", [{"text": "a row of a corpus, of no use as a task"}])
     (folder / "bad-latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1") * 3)
     (folder / "other").mkdir()
     (folder / "other" / "task.jsonl").write_text((folder / "task.jsonl").read_text() + "\n")
@@ -2331,7 +3696,7 @@ BAD = [
     ("eval --samples 0 runs/tiny/idm", "argument --samples: 0 does not lie in"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
     ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
-    ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url needs --judge-model"),
+    ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url and --judge-model go together"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
     (f"{PAIRED} absent.jsonl", "No such file.*absent.jsonl.*check the path"),
@@ -2342,14 +3707,19 @@ BAD = [
     (f"{PAIRED} bad-none.jsonl", "bad-none.jsonl:2: `messages` is empty"),
     (f"{PAIRED} bad-roles.jsonl", "bad-roles.jsonl:2: role 'tool' is not system, user"),
     (f"{PAIRED} bad-missing.jsonl", "bad-missing.jsonl:2: image .*no.png.*No such.*--image-root"),
-    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png cannot be used.*truncated.*remove"),
-    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png cannot be used.*remove the row"),
-    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl cannot be used.*remove the row"),
-    (f"{PAIRED} bad-extra.jsonl", "bad-extra.jsonl:2: 1 `<image>` placeholders but 0 images"),
+    (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png. cannot be used.*truncated.*remove"),
+    (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png. cannot be used.*remove the row"),
+    (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl. cannot be used.*remove the row"),
+    (f"{PAIRED} bad-none-usable.jsonl", "not one row can be trained on.*usable.jsonl:1: 1 `<image>"),
+    (f"{PAIRED} t.jsonl.gz", "not one row can be trained on.*0 images, but --paired takes rows"),
+    ("train_bc --task bad-extra.jsonl --name bad", "bad-extra.jsonl:[24]: 1 `<image>` place.*equal"),
+    ("train_bc --task t.jsonl --name bad", "--task: t.jsonl is neither"),
+    ("train_bc --task bad-said.jsonl --name bad", "bad-said.jsonl:1: the last message must be"),
+    ("eval MAIN --task bad-long.jsonl --splits valid", "task bad-long has no prompts in valid"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
     ("train_bc --task nothing --name bad", "argument --task: nothing is neither mini"),
-    ("eval MAIN --task bad-long.jsonl", "bad-long.jsonl:[24]: the prompt has .* shorten"),
+    ("eval MAIN --task bad-long.jsonl --splits id", "bad-long.jsonl:[24]: the prompt has .* shorten"),
     ("eval runs/tiny/nothing", "no finished run there"),
     ("eval runs/tiny/idm", "has no policy; evaluate an sft-"),
     ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
@@ -2361,9 +3731,12 @@ BAD = [
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
     ("train_bc --model qwen --codes 64 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
      "--stage bc", "trained on another base.*--fresh"),
-    ("train_bc --model qwen --name bad", "run first: python train_bc.py --model qwen --stage bc"),
+    ("train_bc --model qwen --name bad", r"run first: python train_bc.py --model \S*/qwen --stage bc"),
     ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
     ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
+    ("train_projector --model ./nowhere --paired p.jsonl --no-text", "./nowhere: no such folder"),
+    ("train_projector --image-tokens many", "--image-tokens many: neither a number nor HEIGHTx"),
+    ("train_idm --no-projector --parent runs/tiny/projector", "--parent: without a projector"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
      "Not a directory.*a.png/x.*check the path"),
     ("train_projector --name half", "config.json cannot be used.*--fresh"),
@@ -2493,7 +3866,7 @@ def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
 def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
     """SIGKILL anywhere in any stage, the base's pre-training included, also inside a save. Fails
     without the optimisers' state, the data's cursors, the cut of the logs or the atomic rename."""
-    commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "dapo",
+    commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "grpo",
                                          "exact", "grpo-token")}
     chain.drive("whole", commands, base=False)
     rng, kills = random.Random(3), 0
@@ -2566,7 +3939,7 @@ def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
         script, *flags = shlex.split(command)
         assert "finished in" in chain.run(script, *flags, "--steps", "2",
                                           *(RL if "rl" in script else []))
-    run = chain.root / "qwen" / "rl-task-grpo-latent-s1-codes16-idm1-policy1"
+    (run,) = chain.root.glob("*--qwen/rl-task-grpo-latent-s1-codes16-idm1-policy1")
     config = json.loads((run / "config.json").read_text())
     assert config["args"]["paired"] == chain.files[1:3] and config["args"]["codes"] == 16
 
@@ -2576,6 +3949,65 @@ def test_chain_on_the_mini_world(chain):
     chain.run("train_rl.py", *RL, "--algo", "bnpo", "--steps", "2", quick=True)
     log = chain.log("rl-mini-bnpo-latent-s0")
     assert len(log) == 2 and all(math.isfinite(v) for r in log for v in r.values())
+    said = chain.run("train_rl.py", *RL, "--algo", "dapo", "--steps", "2", quick=True, status=3)
+    assert "rl-mini-dapo-latent-s0: no optimiser step was taken" in said and "Traceback" not in said
+    assert not (chain.runs / "rl-mini-dapo-latent-s0/model.safetensors").exists()
+
+
+def test_chain_a_judge_of_no_use_stops_before_anything_is_learnt_or_logged(chain, monkeypatch):
+    server = FakeJudge(tasks.DIMENSIONS, lambda prompt, attempt: "refusal")
+    for name, value in (("pause", 0.01), ("timeout", 3.0)):
+        monkeypatch.setitem(tasks.JUDGE, name, value)
+    command = ["--task", chain.task, "--run-root", str(chain.root), "--name", "useless", *RL,
+               "--judge-url", server.url, "--judge-model", "new", "--steps", "3", "--device", "cpu"]
+    with pytest.raises(UserError, match="no usable reply in .*one begins 'I cannot judge this"):
+        train_rl.main(command)
+    server.shutdown()
+    run = chain.runs / f"{MAIN}-useless"
+    assert not (run / "log.jsonl").exists() and not (run / "state/last.pt").exists()
+    well = FakeJudge(tasks.DIMENSIONS)              # the same command goes on, at another address
+    command[command.index("--judge-url") + 1] = well.url
+    train_rl.main(command)
+    well.shutdown()
+    assert len(chain.log(run.name)) == 3
+
+
+def test_chain_goes_on_by_itself_after_a_lost_worker(chain, recorded):
+    """torchrun --max-restarts: one of two ranks is killed after a few steps. Fails if the second
+    attempt meets the addresses of the first one's dead workers."""
+    commands = {"dapo": ("train_rl", ["--algo", "dapo", *SHORT])}
+    for root in ("calm", "lost"):
+        shutil.copytree(chain.folder / "one", chain.folder / root)
+        shutil.rmtree(chain.folder / root / "tiny/rl-task-dapo-latent-s0-idm1-policy1")
+    chain.drive("calm", commands, ranks=2, common=["--steps", "6"])
+    chain.drive("lost", commands, ranks=2, common=["--steps", "6"], restarts=3, kill=4, rank=1)
+    a, b = (chain.folder / root / "tiny/rl-task-dapo-latent-s0-idm1-policy1"
+            for root in ("calm", "lost"))
+    calm, lost = (load_file(run / "model.safetensors") for run in (a, b))
+    assert all(torch.equal(v, lost[k]) for k, v in calm.items())
+    assert chain.log(a.name, a.parent) == chain.log(b.name, b.parent)
+
+
+def test_chain_workers_end_when_their_torchrun_is_gone(chain, recorded):
+    shutil.copytree(chain.folder / "one", chain.folder / "gone")
+    torchrun = subprocess.Popen(chain.command(
+        "train_rl.py", "--task", chain.task, *RL, "--steps", "9999", "--name", "gone", "--run-root",
+        "gone", "--idm-layers", "1", "--policy-layers", "1", *chain.files, ranks=2), env=ENV,
+        cwd=chain.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = chain.folder / f"gone/tiny/{MAIN}-idm1-policy1-gone/log.jsonl"
+    def workers():
+        found = subprocess.run(["pgrep", "-f", "train_rl.py .*--name gone"], capture_output=True)
+        return set(map(int, found.stdout.split())) - {torchrun.pid}
+    began = time.time()
+    while not log.exists() and time.time() - began < 60:
+        time.sleep(0.2)
+    assert log.exists() and len(workers()) == 2
+    torchrun.kill()
+    torchrun.wait()
+    began = time.time()
+    while workers() and time.time() - began < 15:
+        time.sleep(0.2)
+    assert not workers()
 
 
 # ---- python test_all.py --benchmark [SHAPE]: speed against what a user would otherwise run -----
@@ -2782,6 +4214,32 @@ def idm_step(shape, device):
     return step, int(batch.lengths.sum())
 
 
+def waiting_for_rows(batches=12):
+    """Rows with 1-megapixel JPEGs, four a batch: seconds to prepare a batch, and the share of a
+    step that is spent waiting for one when a step takes twice as long."""
+    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
+    processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
+    encoder = Encoder(tokenizer, processor, tiny_agent().backbone.config, "256")
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(4):
+            picture(125, 125, k).resize((1000, 1000)).save(f"{folder}/{k}.jpg")
+        rows = [row("<image>What?", "A bus.", [f"{folder}/{k % 4}.jpg"], str(k)) for k in range(400)]
+        source = Stream(rows, encoder, batch_tokens=1200, seed=0)
+        source.next()
+        began = time.perf_counter()
+        for _ in range(batches):
+            source.next()
+        prepare, waited = (time.perf_counter() - began) / batches, 0.0
+        began = time.perf_counter()
+        for _ in range(batches):
+            time.sleep(2 * prepare)
+            asked = time.perf_counter()
+            source.next()
+            waited += time.perf_counter() - asked
+        return {"seconds to prepare a batch": prepare,
+                "share of a step spent waiting": waited / (time.perf_counter() - began)}
+
+
 def benchmark(shape="medium", device="cpu", part=None):
     """Print medians, ratios to what a user would otherwise run, and how cost grows."""
     torch.set_num_threads(1)
@@ -2821,6 +4279,7 @@ def benchmark(shape="medium", device="cpu", part=None):
     print(kit.format_table("IDM step, 8 rows", {"ours": {
         "tokens": idm_tokens, "seconds": seconds, "tokens/s": idm_tokens / seconds,
         "peak memory (GB)": memory}}), "\n")
+    print(kit.format_table("rows with 1-megapixel JPEGs", {"prefetched": waiting_for_rows()}), "\n")
     print(kit.format_table("against this machine's limits", utilisation(
         shape, device, medians["rollout"]["latent"], seconds, idm_tokens)), "\n")
     grows = {}

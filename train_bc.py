@@ -81,7 +81,8 @@ def code_losses(agent: Agent, batch: Batch, merge: bool) -> tuple[Tensor, Tensor
     token_loss = torch.zeros_like(code_loss)
     if merge:
         x = agent.world(states[:, :-1][where], agent.codebook(codes))
-        token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
+        token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets,
+                                     agent.token_bias)
     return code_loss, token_loss, logits.argmax(-1) == codes
 
 
@@ -93,7 +94,7 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
     x = agent.world(states[:, :-1][where], agent.codebook(codes))
-    logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
+    logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets, agent.token_bias)
     return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
 
 
@@ -152,12 +153,13 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int,
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:positions]
         e, s, x, logits = (part[some.to(agent.device)] for part in (e, s, x, logits))
         with agent.autocast():
-            given_code = torch.stack([token_logprobs(head, agent.world(s, c.expand_as(s)).to(
-                s.dtype), x) for c in agent.codebook.weight], -1)             # (positions, |C|)
+            given_code = torch.stack([token_logprobs(
+                head, agent.world(s, c.expand_as(s)).to(s.dtype), x, agent.token_bias)
+                for c in agent.codebook.weight], -1)                          # (positions, |C|)
         mixture = torch.logsumexp(F.log_softmax(logits, -1) + given_code, -1)
         report[name] = {"accuracy": (taken == codes).float().mean().item(),
                         "policy x world": -mixture.mean().item(),
-                        "base": -token_logprobs(head, e, x).mean().item(),
+                        "base": -token_logprobs(head, e, x, agent.token_bias).mean().item(),
                         **tasks.code_usage(torch.bincount(taken, minlength=n))}
     return report
 

@@ -69,7 +69,8 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) ->
         logits = agent.idm_logits(states)[where].float()                    # (K, |C|)
         choice = straight_through(logits, noise[:, :-1][where])
         x = agent.world(states[:, :-1][where], choice @ agent.codebook.weight)  # (K, d)
-        logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets)
+        logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets,
+                               agent.token_bias)
     return -logps, negative_entropy(logits), choice.argmax(-1).detach()
 
 
@@ -114,9 +115,10 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict
         def ce(given):
             with agent.autocast():
                 x = agent.world(s, agent.codebook(given)).to(s.dtype)
-                return -token_logprobs(head, x, targets).mean().item()
+                return -token_logprobs(head, x, targets, agent.token_bias).mean().item()
+        backbone = -token_logprobs(head, e, targets, agent.token_bias).mean().item()
         report[label] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
-                         "backbone": -token_logprobs(head, e, targets).mean().item(),
+                         "backbone": backbone,
                          **tasks.code_usage(torch.bincount(codes, minlength=n))}
     return report
 

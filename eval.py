@@ -907,6 +907,7 @@ class Endpoint:
         self.client = InferenceClient(base_url=args.judge_url, timeout=JUDGE["timeout"],
                                       api_key=os.environ.get("JUDGE_API_KEY") or "none")
         self.url, self.model, self.cache = args.judge_url, args.judge_model, {}
+        self.proven = False                # has it given a usable reply yet?
         folder = Path(args.run_root) / "judge-cache"
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.jsonl"):
@@ -928,7 +929,7 @@ class Endpoint:
 
         def dead():                        # never gave a usable reply, or now gives none at all
             return not any(key in self.cache for key in keys) and (
-                not self.cache or set(replies.values()) == {None})
+                not self.proven or set(replies.values()) == {None})
         pool = ThreadPoolExecutor(JUDGE["threads"])
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:
@@ -936,7 +937,7 @@ class Endpoint:
             for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
                 replies[key], tokens, reason = reply, tokens + used, error or reason
                 if reply is not None and usable(reply):
-                    self.cache[key] = reply
+                    self.cache[key], self.proven = reply, True
                     cache.write("\n" + json.dumps([key, reply]) + "\n")    # after a torn line
                     cache.flush()
                 bar.update()

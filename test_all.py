@@ -3696,7 +3696,8 @@ BAD = [
     ("eval --samples 0 runs/tiny/idm", "argument --samples: 0 does not lie in"),
     ("train_rl --action-space token --min-p 0.2", "--min-p.*give it to eval.py"),
     ("train_rl --judge-url http://h --judge-model m --task task.jsonl --name x", "HF_HUB_OFFLINE"),
-    ("train_rl --judge-url http://h --task task.jsonl --name x", "--judge-url and --judge-model go together"),
+    ("train_rl --judge-url http://h --task task.jsonl --name x",
+     "--judge-url and --judge-model go together"),
     ("train_rl --device cuda", "no CUDA device is visible; use --device cpu"),
     ("train_projector --model qwen --name x", "--paired FILE... is required"),
     (f"{PAIRED} absent.jsonl", "No such file.*absent.jsonl.*check the path"),
@@ -3710,16 +3711,19 @@ BAD = [
     (f"{PAIRED} bad-cut.jsonl", "bad-cut.jsonl:[24]: .*cut.png. cannot be used.*truncated.*remove"),
     (f"{PAIRED} bad-bomb.jsonl", "bad-bomb.jsonl:2: .*bomb.png. cannot be used.*remove the row"),
     (f"{PAIRED} bad-text.jsonl", "bad-text.jsonl:2: .*p.jsonl. cannot be used.*remove the row"),
-    (f"{PAIRED} bad-none-usable.jsonl", "not one row can be trained on.*usable.jsonl:1: 1 `<image>"),
+    (f"{PAIRED} bad-none-usable.jsonl",
+     "not one row can be trained on.*usable.jsonl:1: 1 `<image>"),
     (f"{PAIRED} t.jsonl.gz", "not one row can be trained on.*0 images, but --paired takes rows"),
-    ("train_bc --task bad-extra.jsonl --name bad", "bad-extra.jsonl:[24]: 1 `<image>` place.*equal"),
+    ("train_bc --task bad-extra.jsonl --name bad",
+     "bad-extra.jsonl:[24]: 1 `<image>` place.*equal"),
     ("train_bc --task t.jsonl --name bad", "--task: t.jsonl is neither"),
     ("train_bc --task bad-said.jsonl --name bad", "bad-said.jsonl:1: the last message must be"),
     ("eval MAIN --task bad-long.jsonl --splits valid", "task bad-long has no prompts in valid"),
     ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
     ("train_bc --task nothing --name bad", "argument --task: nothing is neither mini"),
-    ("eval MAIN --task bad-long.jsonl --splits id", "bad-long.jsonl:[24]: the prompt has .* shorten"),
+    ("eval MAIN --task bad-long.jsonl --splits id",
+     "bad-long.jsonl:[24]: the prompt has .* shorten"),
     ("eval runs/tiny/nothing", "no finished run there"),
     ("eval runs/tiny/idm", "has no policy; evaluate an sft-"),
     ("eval --rescore absent.jsonl", "absent.jsonl: cannot be read"),
@@ -3731,7 +3735,8 @@ BAD = [
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
     ("train_bc --model qwen --codes 64 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
      "--stage bc", "trained on another base.*--fresh"),
-    ("train_bc --model qwen --name bad", r"run first: python train_bc.py --model \S*/qwen --stage bc"),
+    ("train_bc --model qwen --name bad",
+     r"run first: python train_bc.py --model \S*/qwen --stage bc"),
     ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
     ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
     ("train_projector --model ./nowhere --paired p.jsonl --no-text", "./nowhere: no such folder"),
@@ -4223,7 +4228,8 @@ def waiting_for_rows(batches=12):
     with tempfile.TemporaryDirectory() as folder:
         for k in range(4):
             picture(125, 125, k).resize((1000, 1000)).save(f"{folder}/{k}.jpg")
-        rows = [row("<image>What?", "A bus.", [f"{folder}/{k % 4}.jpg"], str(k)) for k in range(400)]
+        rows = [row("<image>What?", "A bus.", [f"{folder}/{k % 4}.jpg"], str(k))
+                for k in range(400)]
         source = Stream(rows, encoder, batch_tokens=1200, seed=0)
         source.next()
         began = time.perf_counter()

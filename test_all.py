@@ -463,8 +463,10 @@ def flipped(data: bytes, rng) -> bytes:
 
 
 def test_a_flipped_bit_or_a_missing_tensor_of_a_checkpoint_is_noticed(tmp_path):
-    run, layer, _ = small_loop(tmp_path)
+    run, layer = fresh_run(tmp_path), nn.Linear(64, 64)
     path, rng, noticed = run.folder / "state/last.pt", random.Random(0), 0
+    run.resume({})
+    run.save(9, {"m": layer})
     good, want = path.read_bytes(), copy.deepcopy(layer.state_dict())
     for _ in range(60):
         path.write_bytes(flipped(good, rng))
@@ -477,7 +479,7 @@ def test_a_flipped_bit_or_a_missing_tensor_of_a_checkpoint_is_noticed(tmp_path):
         assert step == 9                            # padding between the records, a date
         for name, value in layer.state_dict().items():
             assert torch.equal(value, want[name])   # fails without the archive's checksums
-    assert noticed >= 20
+    assert noticed >= 50
     path.write_bytes(good)
     saved = torch.load(path, weights_only=True)
     for state in ({}, {"m": {"weight": want["weight"]}}, {"m": [3]}, {"m": want | {"more": 1}}):
@@ -743,7 +745,7 @@ def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path
     """torchrun --max-restarts: its store is the same for all attempts. Two ranks train on one
     rank's batches, and a rank that fails does not wait for the other's thread."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context, deadline = torch.multiprocessing.get_context("fork"), time.time() + 60
+    context, deadline = torch.multiprocessing.get_context("fork"), time.time() + 30
     for attempt, status in (("0", 9), ("1", 2)):
         workers = [context.Process(target=torchrun_worker, args=(str(store.port), attempt, rank,
                                                                  tmp_path)) for rank in range(2)]
@@ -751,9 +753,10 @@ def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path
             worker.start()
         for worker in workers:
             worker.join(max(0, deadline - time.time()))
-            code = worker.exitcode
+        codes = [worker.exitcode for worker in workers]
+        for worker in workers:
             worker.kill()
-            assert code == status                   # None: it hangs
+        assert codes == [status, status]            # None: it hangs
     parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     whole = take(stream(text_rows(21)), 12)
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
@@ -904,7 +907,7 @@ GZIPPED = gzip.compress(b'{"text": "a"}\n' * 99)
     ("f.json", b'[{"text": "a"}', "f.json: cannot be read as JSON"),
     ("f.jsonl.gz", GZIPPED[:-12], "f.jsonl.gz"), ("f.jsonl.gz", GZIPPED[:5], "f.jsonl.gz"),
     ("f.jsonl.gz", GZIPPED[:-8] + b"12345678", "f.jsonl.gz"), ("f.jsonl.gz", b"x", "f.jsonl.gz"),
-    ("f.jsonl.gz", GZIPPED[:12] + b"\xff" * 9 + GZIPPED[21:], "f.jsonl.gz"),
+    ("f.jsonl.gz", GZIPPED[:10] + b"\x07" + GZIPPED[11:], "f.jsonl.gz"),
     ("f.jsonl", None, "f.jsonl")], ids=range(14))
 def test_unreadable_files_are_named_with_their_line(tmp_path, name, data, pattern):
     file = str(tmp_path / name)
@@ -1356,7 +1359,7 @@ def test_files_are_interleaved_in_proportion_and_held_out_from_each(tmp_path, na
     files = files_of(tmp_path, sizes, name)
     first = rows_taken(stream(files, block=30), 120)
     assert sorted(first) == sorted(f"{k}{i}" for k, n in sizes.items() for i in range(n))
-    for quarter in range(4):                        # of the pass; fails if one file is read after the other
+    for quarter in range(4):                        # fails if one file is read after the other
         part = counted(first[30 * quarter:30 * quarter + 30])
         assert all(abs(part[k] - n / 4) <= 1 for k, n in sizes.items())
     held = stream(files, block=30, hold_out=16)
@@ -2384,9 +2387,10 @@ def test_a_malformed_reply_is_sent_back_with_what_is_wrong_with_it(endpoint):
     assert two_dimensions().scores(judge([QUESTION], ["four"])[0])
     assert [len(said) for said in server.requests] == [1, 3, 3, 3, 3, 3]    # the last one alone
     assert server.requests[-1][1]["content"] == " \n"
-    server, judge = endpoint(lambda prompt, attempt: "refusal")
+    server, judge = endpoint(lambda prompt, attempt: "refusal" if "x" * 999 in prompt else None)
     long = {**QUESTION, "reference": "x" * 999}
-    assert judge([long], ["five"]) == ["I cannot judge this."] and len(server.calls) == 6
+    judge([QUESTION], ["a judge that lives"])
+    assert judge([long], ["five"]) == ["I cannot judge this."] and len(server.calls) == 7
 
 
 def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkeypatch):

@@ -919,20 +919,25 @@ def count_rows(file: str) -> float:
     return lines * os.path.getsize(file) / done
 
 
-def open_image(image, where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """A PIL image, header read alone, or with `size` (height, width) its upright RGB pixels at
-    that size; `UserError` names row and file."""
+def open_image(image, where: str, size: tuple[int, int] | None = None):
+    """(height, width) of an upright picture from its header alone, or with `size` its RGB pixels
+    at that (height, width), a PIL image; `UserError` names row and file."""
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
         if size is None:
-            return picture
+            # A PNG without a note in its header would be decoded to look for one; a TIFF's size is
+            # that of the upright picture.
+            noted = picture.format not in ("PNG", "TIFF") or (
+                picture.format == "PNG" and "exif" in picture.info)
+            lies = noted and picture.getexif().get(274) in (5, 6, 7, 8)
+            return picture.size if lies else picture.size[::-1]
         picture.draft("RGB", (max(size), max(size)))    # a large JPEG is decoded at a smaller scale
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                # 16 bits a pixel
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
         picture = picture.convert("RGB")
         return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                          # PIL raises whatever a damaged file leads to
         raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
                         "replace it or remove the row (see --image-root)") from None
 
@@ -1044,15 +1049,8 @@ class Encoder:
 
     def grid(self, image, where: str) -> tuple[int, int, int]:
         """Patches (time, height, width) of an image, from its header alone."""
-        picture, patch = open_image(image, where), self.processor.patch_size
-        height, width = picture.height, picture.width
-        # A PNG without a note in its header would be decoded to look for one; a TIFF's size is
-        # that of the upright picture.
-        noted = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-        exif = picture.getexif() if noted else {}
-        if exif.get(274) in (5, 6, 7, 8):               # lies on its side
-            height, width = width, height
-        height, width = self.fixed_size or (height, width)
+        patch = self.processor.patch_size
+        height, width = self.fixed_size or open_image(image, where)
         try:
             height, width = smart_resize(
                 height, width, factor=patch * self.merge, min_pixels=self.min_pixels,
@@ -1198,6 +1196,8 @@ class Stream:
         rows = sum(part.rows for part in self.sources)
         self.block = max(1, math.ceil(rows / max(1, math.ceil(rows / block))))
         weights = [part.rows if part.weight is None else part.weight for part in self.sources]
+        if 0 < sum(part.weight is None for part in self.sources) < len(files):
+            raise UserError(f"{files}: give all files a weight (FILE=WEIGHT) or none")
         self.shares = [weight / max(1e-9, sum(weights)) for weight in weights]
         self.load_state_dict({"block": 0, "batch": 0, "credit": self.shares,
                               "positions": [part.position for part in self.sources]})
@@ -1207,7 +1207,7 @@ class Stream:
 
     def load_state_dict(self, cursor: dict):
         if self.pending:
-            self.pending.result()                       # the thread has let go of the sources
+            self.pending.exception()                    # wait: the thread lets go of the sources
         self.cursor = self.ahead = cursor
         self.batches = self.pending = None
         self.credit = list(cursor["credit"])

@@ -720,17 +720,18 @@ def test_gradients_are_summed_over_ranks_in_buckets_of_any_size(tmp_path):
 
 
 def torchrun_worker(port, attempt, rank, folder):
-    """A worker as torchrun starts it: in attempt 0 it dies, in attempt 1 it works."""
+    """A worker as torchrun starts it: in attempts 0 and 1 it dies, in attempt 2 it works."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
                       TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
     kit.prefetch = ThreadPoolExecutor(1)            # a forked process has no threads
     kit.init_distributed(SimpleNamespace(device="cpu"))
     kit.barrier()
-    if attempt == "0":
+    if attempt != "2":
         os._exit(9)
     assert kit.agreed(["zero", "one"][rank]) == "zero"
     s = stream(text_rows(21))
     (folder / f"{rank}.json").write_text(json.dumps(take(s, 12)))
+    kit.barrier()
     if rank == 0:                                   # the other's prefetching never ends alone
         def main(argv):
             raise UserError("a mistake of one rank")
@@ -746,7 +747,7 @@ def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path
     rank's batches, and a rank that fails does not wait for the other's thread."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context, deadline = torch.multiprocessing.get_context("fork"), time.time() + 30
-    for attempt, status in (("0", 9), ("1", 2)):
+    for attempt in "012":
         workers = [context.Process(target=torchrun_worker, args=(str(store.port), attempt, rank,
                                                                  tmp_path)) for rank in range(2)]
         for worker in workers:
@@ -756,7 +757,7 @@ def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path
         codes = [worker.exitcode for worker in workers]
         for worker in workers:
             worker.kill()
-        assert codes == [status, status]            # None: it hangs
+        assert attempt < "2" or codes == [2, 2]     # None: it hangs
     parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     whole = take(stream(text_rows(21)), 12)
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
@@ -891,6 +892,8 @@ def test_a_row_without_an_id_is_named_by_list_place_and_line_not_by_its_path(tmp
     assert ids("one", "two") == [f"{place}/{name}:{n}" for place in (0, 1) for n in (1, 2, 3)]
     assert ids("three", "four") == ids("one", "two")
     assert ids("one") == [f"0/{name}:{n}" for n in (1, 2, 3)]
+    file = write(tmp_path / name, [asks(id=None), asks(id=0), asks(id=["x"])])
+    assert [r["id"] for r, _ in kit.read_rows(file)] == [f"0/{name}:1", "0", "['x']"]
 
 
 GZIPPED = gzip.compress(b'{"text": "a"}\n' * 99)
@@ -1070,18 +1073,22 @@ def test_mutated_pictures_are_used_or_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tag", [                   # kind, count, value of the note's orientation
-    (2, 4, b"abc\0"), (3, 2, b"\6\0\6\0"), (4, 1, b"\xff" * 4), (7, 4, b"\6\0\0\0"),
-    (12, 1, b"\xff" * 4)], ids=str)
-def test_a_damaged_note_in_exif_never_ends_a_run(tmp_path, tag):
-    kind, count, value = tag
-    tiff = b"II*\0\x08\0\0\0\1\0" + (274).to_bytes(2, "little") + kind.to_bytes(2, "little") \
-        + count.to_bytes(4, "little") + value + b"\0" * 4
-    for note in (tiff, tiff[:9], b"XX" + tiff[2:], tiff[:4] + b"\xff" * 4 + tiff[8:]):
-        picture(40, 30).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + note)
+@pytest.mark.parametrize("entries", [               # tag, type, count and value: 274 is orientation
+    [(274, 2, 4, b"abc\0")], [(274, 3, 2, b"\6\0\6\0")], [(274, 4, 1, b"\xff" * 4)],
+    [(274, 7, 4, b"\6\0\0\0")], [(274, 12, 1, b"\xff" * 4)],
+    *([(274, 3, 1, b"\6\0\0\0"), other] for other in (
+        (305, 5, 1, b"\0" * 4), (305, 11, 1, b"kit\0"), (282, 1, 1, b"kit\0"),
+        (282, 6, 1, b"\xff" * 4), (531, 4, 1, b"kit\0")))], ids=str)
+def test_a_damaged_note_in_exif_is_passed_over_or_named(tmp_path, entries):
+    tiff = b"II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + b"".join(
+        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value
+        for tag, kind, n, value in entries) + b"\0" * 4
+    notes = (tiff, tiff[:9], b"XX" + tiff[2:], b"MO\0*" + tiff[4:], tiff[:4] + b"\xff" * 4)
+    for note, kind in itertools.product(notes, ("JPEG", "WEBP", "PNG")):
+        picture(40, 30).save(tmp_path / "x.jpg", kind, exif=b"Exif\0\0" + note)
         try:
             seen(tmp_path / "x.jpg")
-        except UserError as error:
+        except UserError as error:                  # fails if what PIL raises is anything else
             assert "x.jpg" in str(error)
 
 
@@ -1459,6 +1466,9 @@ def test_rows_left_out_of_a_corpus_are_named_once_with_their_cause(tmp_path, cap
         out = capsys.readouterr().out
         assert re.search(rf"note: 1 rows left out: .*g{n}.jsonl:1: .*{pattern}", out)
         assert out.count("left out") == 1
+    for raw, _ in UNUSABLE:                         # a task's demonstrations are not left out
+        with pytest.raises(kit.UnusableRow, match="f.jsonl:3"):
+            stream([parse(raw)], responses_only=True).next()
     file = write(tmp_path / "h.jsonl", [asks("hi"), asks("<image>hi", images=["p.png"], id="p")])
     assert set(sum(take(stream([file], pictures=True), 4), [])) == {"p"}
     assert "h.jsonl:1: has 0 images, but --paired takes rows with" in capsys.readouterr().out

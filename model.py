@@ -937,7 +937,7 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
         picture = picture.convert("RGB")
         return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.BICUBIC)
-    except Exception as error:                          # PIL raises whatever a damaged file leads to
+    except Exception as error:                          # PIL raises whatever damage leads to
         raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
                         "replace it or remove the row (see --image-root)") from None
 

@@ -1871,8 +1871,8 @@ def test_a_reply_is_read_and_its_reward_is_the_ratio_of_sums():
 @pytest.mark.parametrize("reply", [
     f"Here you are.\n{GOOD}\nThank you.", f"{FLUENCY}\n\n- **Tone**: ok [Scores]: (7.5, 10).",
     f"1. {FLUENCY}\n  2) {TONE}", f"* {FLUENCY.upper()}\n\u2022 {TONE.lower()}",
-    f"### Fluency\nfine.\n[Scores]: (8, 9)\n\n### Tone:\n\nok\n\n[Scores]:\n(7.5, 10)",
-    f"**Fluency:** fine\n**[Scores]**: (8, 9)\n**_Tone:_** ok **[Scores]: (7.5, 10)**",
+    "### Fluency\nfine.\n[Scores]: (8, 9)\n\n### Tone:\n\nok\n\n[Scores]:\n(7.5, 10)",
+    "**Fluency:** fine\n**[Scores]**: (8, 9)\n**_Tone:_** ok **[Scores]: (7.5, 10)**",
     GOOD.replace("(8, 9)", "8, 9").replace("(7.5, 10)", "7.5,10"),      # no parentheses
     GOOD.replace("[Scores]: (8, 9)", "[score] ( 8.0 , 9 )"),
     "Fluency\uff1afine\uff3bScores\uff3d\uff1a\uff08\uff18\uff0c\uff19\uff09\n" + TONE,     # full

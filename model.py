@@ -849,8 +849,8 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
         messages = []
         for role, content in turns:
             if role not in ROLES:
-                raise UserError(f"{where}: role {role!r:.50} is not system, user or "
-                                "human, assistant or gpt")
+                raise UserError(f"{where}: role {role!r:.50} is not system, user (human) or "
+                                "assistant (gpt)")
             if isinstance(content, list):               # typed blocks
                 content = "".join("<image>" if block["type"].startswith("image") else block["text"]
                                   for block in content)

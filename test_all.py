@@ -2413,6 +2413,15 @@ def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkey
     assert two_dimensions().scores(replies[6]) and len(server.calls) == 1 + 6 * 6 + 1
 
 
+def test_a_server_that_never_answers_is_left_when_patience_ends(endpoint, monkeypatch):
+    for name, value in (("timeout", 0.2), ("patience", 0.5)):
+        monkeypatch.setitem(tasks.JUDGE, name, value)
+    server, judge = endpoint(lambda prompt, attempt: "slow")
+    with pytest.raises(UserError, match="no usable reply in 1 calls"):
+        judge([QUESTION], ["x"])
+    assert 1 < len(server.calls) < tasks.JUDGE["attempts"]      # fails if every try is waited for
+
+
 def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "the-users-hub-token")
     server, judge = endpoint()                      # fails if no explicit key is passed
@@ -3967,6 +3976,9 @@ def test_chain_on_the_mini_world(chain):
     """An untrained base scores at the floor everywhere: no variance, and nothing breaks."""
     chain.run("train_rl.py", *RL, "--algo", "bnpo", "--steps", "2", quick=True)
     log = chain.log("rl-mini-bnpo-latent-s0")
+    shown = [kit.read_config(chain.runs / run)["args"]["min_p"]
+             for run in ("rl-mini-bnpo-latent-s0", MAIN)]
+    assert shown == [train_rl.MIN_P, 0.0]           # fails if another task gets the mini world's
     assert len(log) == 2 and all(math.isfinite(v) for r in log for v in r.values())
     said = chain.run("train_rl.py", *RL, "--algo", "dapo", "--steps", "2", quick=True, status=3)
     assert "rl-mini-dapo-latent-s0: no optimiser step was taken" in said and "Traceback" not in said

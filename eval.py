@@ -139,7 +139,7 @@ def identity(args, *kinds: str) -> dict:
     """What a run must share with those that start from it: structure, ablations, and the data of
     `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
     found = {name: getattr(args, name)
-             for name in (*STRUCTURE["tiny"], *ABLATIONS, "image_tokens")}
+             for name in (*STRUCTURE["tiny"], *ABLATIONS)}
     mini = f"mini {MINI_VERSION}"
     for kind in kinds:
         files = getattr(args, kind)
@@ -662,15 +662,31 @@ def read_json(path: Path):
         raise UserError(f"{path}: cannot be read ({error}); check --task-root") from None
 
 
-def leave_out(name: str, dialogues: int, missing: dict[str, list[str]]):
-    """Say how many dialogues are left out and why; none may be left."""
-    for what, ids in missing.items():
-        if ids:
-            say(f"note: {name}: {len(ids)} of {dialogues} dialogues left out, {what}: "
-                + ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else ""))
-    if dialogues and sum(map(len, missing.values())) == dialogues:
+class Lacking(Exception):
+    """Of a published dialogue: what it lacks, and the name of that."""
+
+
+def found(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise Lacking(what, str(path))
+    return path
+
+
+def usable(name: str, raws: list, row_of: Callable[[int, dict], dict]) -> list[dict]:
+    """The rows of published dialogues; those that lack something are left out and named."""
+    rows, left_out = [], {}
+    for n, raw in enumerate(raws):
+        try:
+            rows.append(row_of(n, raw))
+        except Lacking as lack:
+            left_out.setdefault(lack.args[0], []).append(lack.args[1])
+    for what, names in left_out.items():
+        say(f"note: {name}: {len(names)} of {len(raws)} dialogues left out, no {what}: "
+            + ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""))
+    if raws and not rows:
         raise UserError(f"{name}: every dialogue lacks its picture, profile or answer; check "
                         "--task-root")
+    return rows
 
 
 def turns(row: dict) -> list[dict]:
@@ -695,37 +711,30 @@ def split_rows(sft, rl, tests: dict[str, list]) -> dict[str, list[dict]]:
 
 def mmrole_dialogues(root: Path, part: str) -> list[dict]:
     """Rows with a picture, a character's detailed profile and at least one answer, by file name."""
-    rows, missing = [], {"no picture": [], "no profile": [], "no answer": []}
     folder, profiles = root / "dialogues" / part, root / "profiles" / part / "detailed_profiles"
     files = sorted((folder / "comment").glob("*.json")) or [folder / "comment.json"]
-    raws = [raw for file in files for raw in read_json(file)]
-    for raw in raws:
+
+    def row_of(_, raw):
         spoken = [(turn.get("role", turn.get("from")), turn["value"])
                   for turn in raw["conversations"]]
         role = next((who for who, _ in spoken if who != "human"), None)
-        image, profile = root / "images" / raw["image"], profiles / f"{role}.json".replace(" ", "_")
-        for what, there, name in (("no answer", role, raw["id"]),
-                                  ("no profile", profile.exists(), role),
-                                  ("no picture", image.exists(), raw["image"])):
-            if not there:
-                missing[what].append(name)
-                break
-        else:
-            about = "; ".join(filter(None, (raw.get(k) for k in ("role_info", "place_info",
-                                                                "scene_info"))))
-            told = "\n".join(f"{key}: {text}" for key, text in read_json(profile).items())
-            system = (f"Play the character {role} in a conversation about a picture. Speak as "
-                      f"{role} would, in tone, words and knowledge, and say nothing outside the "
-                      f"role.\n\n{told}" + (f"\n\nAbout the picture: {about}" if about else ""))
-            messages = [{"role": "user" if who == "human" else "assistant", "content": text}
-                        for who, text in spoken]
-            while messages[-1]["role"] == "user":
-                messages.pop()
-            messages[0]["content"] = "<image>" + messages[0]["content"]
-            rows.append({"id": raw["id"], "images": [str(image)], "persona": role,
-                         "messages": [{"role": "system", "content": system}, *messages]})
-    leave_out(f"mmrole ({part})", len(raws), missing)
-    return rows
+        if role is None:
+            raise Lacking("answer", raw["id"])
+        profile = read_json(found(profiles / f"{role}.json".replace(" ", "_"), "profile"))
+        image = found(root / "images" / raw["image"], "picture")
+        about = "; ".join(filter(None, map(raw.get, ("role_info", "place_info", "scene_info"))))
+        told = "\n".join(f"{key}: {text}" for key, text in profile.items())
+        system = (f"Play the character {role} in a conversation about a picture. Speak as "
+                  f"{role} would, in tone, words and knowledge, and say nothing outside the "
+                  f"role.\n\n{told}" + (f"\n\nAbout the picture: {about}" if about else ""))
+        messages = [{"role": "user" if who == "human" else "assistant", "content": text}
+                    for who, text in spoken]
+        while messages[-1]["role"] == "user":
+            messages.pop()
+        messages[0]["content"] = "<image>" + messages[0]["content"]
+        return {"id": raw["id"], "images": [str(image)], "persona": role,
+                "messages": [{"role": "system", "content": system}, *messages]}
+    return usable(f"mmrole ({part})", [raw for file in files for raw in read_json(file)], row_of)
 
 
 def mmrole_task(root: Path) -> Task:
@@ -748,32 +757,28 @@ def pcogalign_task(root: Path) -> Task:
     """Location set 1 (HCMAS): SFT 0-50 %, RL 50-70 % of its golden-train file, in-distribution
     test its golden-test; location set 2's golden-test (HCSHR) is the other test. The published
     files have no reference answers: `make_references` makes the golden files."""
+    def row_of(n, raw):
+        image, info = found(root / raw["image"]["file_path"], "picture"), raw.get("eval_info", {})
+        return {
+            "id": f"{part}-{n}", "images": [str(image)], "persona": roles_of(raw),
+            "messages": [{"role": "system", "content":
+                          "Assist one person, who sends a picture of what they see now and a "
+                          f"question. Their roles in life: {roles_of(raw)}. Answer for the "
+                          "role they are in, so that they know what to do and feel better."},
+                         {"role": "user", "content": "<image>" + raw["query"]},
+                         {"role": "assistant", "content": raw["golden_response"]}],
+            # What the judge is told of the scene and of the person's needs.
+            "judge_notes": "\n".join(f"{key}: {info[name]}" for key, name in (
+                ("The picture", "ImageDesc"), ("The place", "location"),
+                ("What would help this person", "EvalHelp")) if info.get(name))}
+
     parts = {}
     for part in ("HCMAS-golden-train", "HCMAS-golden-test", "HCSHR-golden-test"):
         if not (root / f"{part}.json").exists():
             raise UserError(f"{root / part}.json is missing: the published files have no reference "
                             "answers; make them once with python eval.py --make-references "
                             f"{root} --judge-url URL --judge-model NAME")
-        raws, rows, missing = read_json(root / f"{part}.json"), [], {"no picture": []}
-        for n, raw in enumerate(raws):
-            image, info = root / raw["image"]["file_path"], raw.get("eval_info", {})
-            if not image.exists():
-                missing["no picture"].append(raw["image"]["file_path"])
-                continue
-            rows.append({
-                "id": f"{part}-{n}", "images": [str(image)], "persona": roles_of(raw),
-                "messages": [{"role": "system", "content":
-                              "Assist one person, who sends a picture of what they see now and a "
-                              f"question. Their roles in life: {roles_of(raw)}. Answer for the "
-                              "role they are in, so that they know what to do and feel better."},
-                             {"role": "user", "content": "<image>" + raw["query"]},
-                             {"role": "assistant", "content": raw["golden_response"]}],
-                # What the judge is told of the scene and of the person's needs.
-                "judge_notes": "\n".join(f"{k}: {info[v]}" for k, v in (
-                    ("The picture", "ImageDesc"), ("The place", "location"),
-                    ("What would help this person", "EvalHelp")) if info.get(v))})
-        leave_out(f"pcogalign ({part})", len(raws), missing)
-        parts[part] = rows
+        parts[part] = usable(f"pcogalign ({part})", read_json(root / f"{part}.json"), row_of)
     train = cut(parts["HCMAS-golden-train"], sft=50, rl=70)
     splits = split_rows(train["sft"], train["rl"], {"id": parts["HCMAS-golden-test"],
                                                     "ood": parts["HCSHR-golden-test"]})
@@ -1034,24 +1039,6 @@ def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
 # ---- Metrics ----
 
 
-def score_table(scores, dimensions) -> dict[str, float]:
-    """Per dimension the mean over rows of answer's score / reference's score, MMRole's definition
-    (it reproduces the published results.csv), and "overall", the mean over dimensions.
-
-    scores: what Task.scores returns, one a row; failed ones (None) are left out and counted."""
-    judged = [s for s in scores if s is not None]
-    table = {d: float(np.mean([s[d][0] / s[d][1] for s in judged])) if judged else math.nan
-             for d in dimensions}
-    return {**table, "overall": float(np.mean(list(table.values()))),
-            "judged": len(judged), "failed": len(scores) - len(judged)}
-
-
-def distinct_n(texts: list[str], n: int) -> float:
-    """Distinct n-grams / all n-grams of space-separated words over all texts (Li et al., 2016)."""
-    grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)))]
-    return len(set(grams)) / max(1, len(grams))
-
-
 def duplicates(texts: list[str]) -> float:
     """Share of a group's answers that repeat another of it word for word: 1 - distinct / all."""
     return 1 - len(set(texts)) / len(texts)
@@ -1131,8 +1118,8 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     """Generate and judge: a table "split mode" -> figures, and one prediction per prompt and mode.
 
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
-    places; best-of-n the mean over prompts of the best; distinct-2, duplicates and diversity (with
-    `embed`, texts -> (N, d)) are taken within a prompt's answers. Failed judgements are left out
+    places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
+    texts -> (N, d)) are taken within a prompt's answers. Failed judgements are left out
     and counted. Rank 0 calls the judge: its replies reach all ranks.
     """
     table, predictions = {}, []
@@ -1172,21 +1159,23 @@ def nan_mean(x, axis=None):
 
 
 def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
-    """Figures of one split and mode from the replies' text alone (what --rescore recomputes)."""
-    table = score_table([task.scores(reply) for p in predictions for reply in p["replies"]],
-                        task.dimensions)
-    rewards, groups = rewards_of(task, predictions), [p["answers"] for p in predictions]
+    """Figures of one split and mode from the replies' text alone (what --rescore recomputes). Of
+    each dimension the mean of answer's score / reference's, MMRole's definition (it reproduces the
+    published results.csv), and "overall", the mean over dimensions."""
+    scores = [task.scores(reply) for p in predictions for reply in p["replies"]]
+    judged = [s for s in scores if s is not None]
+    ratios = {d: float(nan_mean([s[d][0] / s[d][1] for s in judged])) for d in task.dimensions}
+    rewards = rewards_of(task, predictions)
     n, figures = rewards.shape[1], {"reward": float(nan_mean(nan_mean(rewards, 1)))}
     if n > 1:
         best = np.where(np.isfinite(rewards), rewards, -math.inf).max(1)
         figures |= {"deviation": float(np.std(nan_mean(rewards, 0), ddof=1)),
                     f"best_of_{n}": float(nan_mean(np.where(best > -math.inf, best, math.nan))),
-                    "distinct_2": float(np.mean([distinct_n(g, 2) for g in groups])),
-                    "duplicates": float(np.mean([duplicates(g) for g in groups]))}
+                    "duplicates": float(np.mean([duplicates(p["answers"]) for p in predictions]))}
     if "diversity" in predictions[0]:
         figures["diversity"] = float(np.mean([p["diversity"] for p in predictions]))
-    return {**figures, "overall": table["overall"], "failed": table["failed"],
-            **{d: table[d] for d in task.dimensions}}
+    return {**figures, "overall": float(nan_mean(list(ratios.values()))),
+            "failed": len(scores) - len(judged), **ratios}
 
 
 def without_dimensions(task: Task, table: dict[str, dict]) -> dict[str, dict]:
@@ -1271,11 +1260,11 @@ def main(argv=None):
         if args.min_p is not None:
             agent.min_p = args.min_p
         given = {key: value for key, value in vars(args).items() if value is not None}
-        merged = argparse.Namespace(**{"temperature": 1.0, "image_root": None, **config["args"],
-                                       **given, "run_root": folder.resolve().parent.parent})
+        merged = argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": None,
+                                       **config["args"], **given,
+                                       "run_root": folder.resolve().parent.parent})
         task = load_task(merged)
-        task.max_new_tokens = args.max_new_tokens or config.get("max_new_tokens",
-                                                                task.max_new_tokens)
+        task.max_new_tokens = merged.max_new_tokens or task.max_new_tokens
         splits = {s: task.splits[s][:args.prompts] for s in args.splits}
         if empty := [s for s in splits if not splits[s]]:
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")

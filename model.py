@@ -434,7 +434,7 @@ class Agent(nn.Module):
         """A trained agent from its run folder alone."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype = device, dtype
-        if not {"model", "image_tokens", "no_projector", *STRUCTURE["tiny"]} <= set(vars(args)):
+        if not {"model", "no_projector", *STRUCTURE["tiny"]} <= set(vars(args)):
             raise UserError(f"{folder}: config.json is not that of a stage; name a run folder")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
@@ -1059,11 +1059,8 @@ class Encoder:
             raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
         return 1, height // patch, width // patch
 
-    def encode(self, row: dict, prompt: bool = False, responses_only: bool = False) -> Example:
-        """Tokenise a row; with `prompt`, without its last assistant turn and ready to answer.
-
-        Targets are all text tokens after a text token, or the assistant's alone, ends of turn
-        included (task rows)."""
+    def check(self, row: dict):
+        """Raises `UnusableRow` for text that cannot be tokenised as what it says."""
         where = row.get("where", f"row {row['id']}")
         said = "\n".join(m["content"] for m in row["messages"])
         if said.count("<image>") != len(row["images"]):
@@ -1074,6 +1071,14 @@ class Encoder:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
         if not said.isascii() and said != said.encode("utf-8", "ignore").decode():
             raise UnusableRow(f"{where}: its text contains half a character (a lone surrogate)")
+
+    def encode(self, row: dict, prompt: bool = False, responses_only: bool = False) -> Example:
+        """Tokenise a row; with `prompt`, without its last assistant turn and ready to answer.
+
+        Targets are all text tokens after a text token, or the assistant's alone, ends of turn
+        included (task rows)."""
+        self.check(row)
+        where = row.get("where", f"row {row['id']}")
         messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
                     for m in row["messages"]]
         if prompt and messages[-1]["role"] == "assistant":
@@ -1520,8 +1525,8 @@ def peak_memory() -> int:
 
 # Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
 
-STRUCTURE = {"tiny": {"codes": 64, "idm_layers": 2, "policy_layers": 2},
-             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8}}
+STRUCTURE = {"tiny": {"codes": 64, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4"},
+             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256"}}
 ABLATIONS = ("no_text", "no_projector", "no_cycle")
 
 
@@ -1536,6 +1541,13 @@ def within(kind, low: float, high: float = math.inf):
 
 
 count, positive = within(int, 1), within(float, 1e-12)
+
+
+def image_budget(text: str) -> str:
+    """An argparse type: a number of tokens, or HEIGHTxWIDTH in pixels."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor HEIGHTxWIDTH")
+    return text
 
 
 def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
@@ -1558,8 +1570,6 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
     add("--steps", type=count, help="optimiser steps")
     add("--lr", type=positive, help="peak learning rate")
-    add("--image-tokens", help="most tokens an image may have, its shape kept, or HEIGHTxWIDTH in "
-        "pixels (default: 256, tiny: its own 4; release's pre-training: 280x420)")
     if "batch_tokens" in next(iter(table.values())):
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
@@ -1571,6 +1581,8 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--codes", type=count, help="|C|, size of the codebook")
     add("--idm-layers", type=count, help="layers of the inverse dynamics model")
     add("--policy-layers", type=count, help="layers of the policy")
+    add("--image-tokens", type=image_budget, help="most tokens an image may have, its shape kept, "
+        "or HEIGHTxWIDTH in pixels (release's pre-training: 280x420)")
     add("--no-text", action="store_true", help="no text-only rows")
     add("--no-projector", action="store_true", help="states of text-only rows are e^T itself")
     add("--no-cycle", action="store_true", help="no cycle loss on text-only rows")
@@ -1589,10 +1601,6 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
         args.model = os.path.abspath(args.model)
     if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
         raise UserError(f"--model {args.model}: no such folder")
-    if args.image_tokens is None and scale == "full":
-        args.image_tokens = "256"
-    if not re.fullmatch(r"[1-9]\d*|[1-9]\d*x[1-9]\d*", args.image_tokens or "1"):
-        raise UserError(f"--image-tokens {args.image_tokens}: neither a number nor HEIGHTxWIDTH")
     for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1601,9 +1609,8 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
 
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
-PROPAGATED = ("model", "paired", "text", "image_root", "image_tokens", "run_root", "seed",
-              "tokens_at_once", "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task",
-              "task_root")
+PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
+              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root")
 
 
 def model_root(args) -> Path:
@@ -1651,7 +1658,6 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
         lock(folder).close()                        # is another process working on it?
     usual = vars(module.arguments().parse_args([*flags, "--model", args.model]))
     usual |= STRUCTURE[scale_of(args.model)]
-    usual["image_tokens"] = None if args.model == "tiny" else "256"
     wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
     if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
         wanted |= {name: value for name, value in read_config(folder)["args"].items()
@@ -1755,7 +1761,7 @@ LOGS = ("log.jsonl", "samples.jsonl")
 SAVE_SECONDS = 60            # between checkpoints
 # Where things lie, on what machine, and what is evaluated: these change no weight.
 NOT_COMPARED = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "name",
-                "parent", "fresh", "device", "dtype", "tokens_at_once", "splits", "judge_url")
+                "parent", "fresh", "device", "tokens_at_once", "splits", "judge_url")
 
 
 class Run:
@@ -1766,11 +1772,11 @@ class Run:
     step and the data cursors: no generator state.
     """
 
-    def __init__(self, args, folder: Path, agent: Agent, identity: dict, parent: Path | None = None,
-                 **more):
+    def __init__(self, args, folder: Path, agent: Agent, identity: dict,
+                 parent: Path | None = None):
         """Open the folder: start it, go on with it, or find it finished. Raises `UserError` if it
         was started with other arguments, data, base or parent, or if another process has it.
-        `identity` is what runs that start from this one must share, `more` enters config.json."""
+        `identity` is what runs that start from this one must share."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
         self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
         self.taken = 0                              # optimiser steps
@@ -1783,12 +1789,13 @@ class Run:
         barrier()
         self.finished = weights.exists()
         self.config = {
-            "args": vars(args), "identity": identity, "base": agent.base_hash, "space": agent.space,
-            "dtype": str(agent.dtype), "device": str(agent.device), "world_size": world_size(),
+            "args": {**vars(args), "dtype": str(agent.dtype).removeprefix("torch."),
+                     "device": agent.device.type}, "world_size": world_size(),
+            "identity": identity, "base": agent.base_hash, "space": agent.space,
             "parent": os.path.relpath(parent, self.folder) if parent else None,
             "parent_sha256": read_config(parent)["sha256"] if parent else None, "sha256": None,
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
-            "git": git_commit(), "argv": sys.argv, **more}
+            "git": git_commit(), "argv": sys.argv}
         if self.finished or (self.folder / "state" / "last.pt").exists():
             self._compare(read_config(self.folder))
         barrier()                                   # every rank has looked before rank 0 writes
@@ -1803,7 +1810,7 @@ class Run:
 
     def _compare(self, old: dict):
         had, now = ({**{k: v for k, v in c["args"].items() if k not in NOT_COMPARED},
-                     **c["identity"], **{k: c[k] for k in ("base", "dtype", "parent_sha256")}}
+                     **c["identity"], **{k: c[k] for k in ("base", "parent_sha256")}}
                     for c in (old, self.config))
         if different := differing(had, now):
             raise UserError(f"{self.folder} was started with other arguments ({different}); --name "

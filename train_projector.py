@@ -125,6 +125,8 @@ def projector_report(agent: Agent, held: dict[str, list[Example]],
 
 def main(argv=None):
     args = fill(arguments().parse_args(argv), DEFAULTS["projector"])
+    if args.paired_steps is None:
+        args.paired_steps = args.steps // 2
     if args.parent:
         raise UserError("--parent: the projectors start from the base alone")
     ensure_base(args)
@@ -136,10 +138,9 @@ def main(argv=None):
     streams, held = corpora(args, agent.encoder, tasks.embedded)
     modules = agent.train_only("projector")
     optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
-    paired_steps = args.steps // 2 if args.paired_steps is None else args.paired_steps
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
-        joint = step >= paired_steps and not args.no_cycle
+        joint = step >= args.paired_steps and not args.no_cycle
         batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else
                                         ("paired",), args.tokens_at_once)
         counts, totals = projector_counts(batches), {"paired": 0.0, "cycle": 0.0}

@@ -444,7 +444,9 @@ def main(argv=None):
     fill(args, DEFAULTS[args.action_space])
     fill_algorithm(args, world_size())
     identity, task = tasks.identity(args, "paired", "text", "task"), tasks.load_task(args)
-    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    task.max_new_tokens = args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    if args.splits is None:
+        args.splits = ["id", "ood"] if args.model == "tiny" else ["valid"]
     if not task.splits["rl"]:                 # what is wrong with the task comes first
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     parent = predecessor(args, identity, train_bc.stage_of(
@@ -457,15 +459,14 @@ def main(argv=None):
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
                         "sft-* run")
     agent.min_p = args.min_p
+    for row in sum(task.splits.values(), []):       # a bad one is named now, not when it is reached
+        agent.encoder.check(row)
     stage = f"rl-{Path(args.task).name.split('.')[0]}-{args.algo}-{args.action_space}-s{args.seed}"
-    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent,
-              max_new_tokens=task.max_new_tokens)
+    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
     if run.finished:
         return
     modules = agent.train_only("policy")
-    wanted = args.splits if args.splits is not None else \
-        ["id", "ood"] if args.model == "tiny" else ["valid"]
-    splits = {name: task.splits[name] for name in wanted if task.splits[name]}
+    splits = {name: task.splits[name] for name in args.splits if task.splits[name]}
     n_prompts = sum(map(len, splits.values()))
     if args.judge_url:
         say(f"judge calls: {args.prompts * args.group_size} a step at least, and {10 * n_prompts} "

@@ -22,8 +22,11 @@ their word overlap with the reference. Deviations: README, rows 5 and 6.
 """
 
 import argparse
+import base64
 import functools
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -32,7 +35,7 @@ import re
 import time
 import unicodedata
 import zlib
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,10 +45,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (ABLATIONS, STRUCTURE, Agent, UserError, all_sum, atomic, count, file_identity,
-                   format_table, gather, init_distributed, key_seed, launch, rank, read_config,
-                   read_rows, rollout, say, split_prompts, text_positions, within,
-                   world_size)
+from model import (ABLATIONS, STRUCTURE, Agent, UserError, atomic, count, file_identity,
+                   format_table, gather, init_distributed, key_seed, launch, open_image, positive,
+                   rank, read_config, read_rows, replay, rollout, say, split_prompts, table_cells,
+                   text_positions, within, world_size)
 
 import torch
 import torch.nn.functional as F
@@ -473,6 +476,8 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 PHRASES = {slot: {phrase: tokens(phrase) for phrase in OWNERS[slot]} for slot in SLOTS}
+WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}
+         for p in [NEUTRAL, *PERSONAS]}
 
 
 def parse_answer(text: str) -> tuple[Answer | None, float]:
@@ -1087,6 +1092,247 @@ def paired_bootstrap(before, after, seed: int, n: int = 10_000) -> tuple[float, 
     return float(gain.mean()), float(low), float(high)
 
 
+# ---- What a person looks at: traces, the code atlas, the page ----
+
+
+@torch.no_grad()
+def trace(agent: Agent, row: dict, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+          top: int = 3) -> tuple[str, list[dict]]:
+    """One answer, and token by token {"token", "action", "p", "others"}: `action` is the code (in
+    token space the token's id) that the policy took with probability p at temperature 1, `others`
+    the runner-ups as (action, p, the token it would have given)."""
+    out = rollout(agent, [agent.encoder.encode(row, prompt=True)], 1, max_new_tokens, temperature,
+                  [seed])
+    actor, decode = agent.acting(), agent.encoder.tokenizer.decode
+    logits = actor.policy.head(replay(actor.policy, out)[0]).float()                  # (T, n)
+    p = torch.softmax(logits if agent.space == "latent" else logits + agent.token_bias, -1)
+    steps = []
+    for t, (token, action) in enumerate(zip(out.tokens[0].tolist(), out.actions[0].tolist())):
+        likely = [a for a in p[t].topk(min(top, p.shape[1])).indices.tolist() if a != action]
+        given = torch.tensor(likely, device=agent.device)
+        if agent.space == "latent" and likely:
+            states = out.inputs[0, t].expand(len(likely), -1)
+            given = actor.next_token_logits(states, given).argmax(-1)
+        steps.append({"token": decode([token]), "action": action, "p": p[t, action].item(),
+                      "others": [(a, p[t, a].item(), decode([x]))
+                                 for a, x in zip(likely, given.tolist())]})
+    return out.texts[0], steps
+
+
+def information(pairs: list[tuple]) -> float:
+    """I(a; b) / H(a): the share of a's entropy that b explains, from counted pairs, 0 to 1."""
+    def entropy(counts):
+        p = np.array(list(counts.values())) / len(pairs)
+        return float(-(p * np.log(p)).sum())
+    H_a, H_b, H_ab = map(entropy, (Counter(a for a, _ in pairs), Counter(b for _, b in pairs),
+                                   Counter(pairs)))
+    return (H_a + H_b - H_ab) / H_a if H_a > 0 else 0.0
+
+
+def role_of(row: dict, token: str) -> str:
+    """What a token of an answer is in the mini world: the persona's own word, a neutral one,
+    another persona's, or plain."""
+    owners = {name for name, words in WORDS.items() if token.strip() in words}
+    return next((role for role, name in (("own", row.get("persona")), ("neutral", NEUTRAL.name))
+                 if name in owners), "another's" if owners else "plain")
+
+
+def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
+    """What every code does in the answers of `predictions`, those with `tokens` and `codes`.
+
+    {"codes": code -> {"share" of all tokens, "tokens" it chose most, "contexts" (the words before
+    and the token), "persona", "place" (begin, middle, end) and "role" it is most often taken for,
+    each with its share of the code's uses}, "word": share of the codes' entropy that the
+    token explains (1: a code is a list of words), "role": the same of the token's role}.
+    """
+    uses = defaultdict(list)
+    for p in predictions:
+        row, n = roles[p["id"]], len(p.get("codes", ()))
+        for t, (token, code) in enumerate(zip(p["tokens"], p.get("codes", ()))):
+            uses[code].append({
+                "tokens": token, "persona": row.get("persona", ""), "role": role_of(row, token),
+                "place": ("begin", "middle", "end")[3 * t // n],
+                "contexts": "".join(p["tokens"][max(0, t - 4):t]) + f"[{token}]"})
+    every = [(code, use) for code, some in uses.items() for use in some]
+
+    def most(some, name, n):
+        return [(value, k / len(some)) for value, k in
+                Counter(use[name] for use in some).most_common(n)]
+    return {"codes": {code: {"share": len(some) / len(every), "tokens": most(some, "tokens", 5),
+                             "contexts": [value for value, _ in most(some, "contexts", 2)],
+                             **{name: most(some, name, 1)[0]
+                                for name in ("persona", "place", "role")}}
+                      for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1]))},
+            "word": information([(code, use["tokens"]) for code, use in every]),
+            "role": information([(code, use["role"]) for code, use in every])}
+
+
+def gains_by_group(task: Task, before: list[dict], after: list[dict],
+                   rows: dict[str, dict]) -> dict[str, dict]:
+    """Reward before and after for each persona, kind of question and `group` that rows name."""
+    parts = defaultdict(list)
+    for pair in zip(before, after, strict=True):
+        row = rows[pair[0]["id"]]
+        for group in (row.get("persona"), row.get("question", [None])[0], row.get("group")):
+            parts[group].append([nan_mean(r) for r in rewards_of(task, pair)])
+    return {group: {"before": float(nan_mean([b for b, _ in pairs])),
+                    "after": float(nan_mean([a for _, a in pairs])), "prompts": len(pairs)}
+            for group, pairs in parts.items() if group}
+
+
+STYLE = """:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif;
+max-width: 66rem; margin: auto; padding: 1rem } table { border-collapse: collapse; display: block;
+overflow-x: auto; font-variant-numeric: tabular-nums } td, th { padding: .1rem .6rem; text-align:
+right; border-bottom: 1px solid #8884; white-space: pre } td:first-child, th:first-child {
+text-align: left } .row { display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem 0; border-top:
+1px solid #8884 } .row > div { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere } img { width:
+8rem; height: max-content } small { opacity: .7 } svg { max-width: 100% } summary { cursor: pointer
+}"""
+LINES = ("#4c78d8", "#e8903a", "#3f9d58", "#c9504f", "#8d62c0", "#7f7f7f")
+CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_perplexity")
+
+
+def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """A chart of name -> (x, y) points in their order, both axes marked at their ends; "" if there
+    is nothing to draw."""
+    lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in lines.items()}
+    points = [p for line in lines.values() for p in line]
+    if not points:
+        return ""
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
+    parts = [f'<text x="45" y="14" font-weight="bold">{html.escape(title)}</text>']
+    for value, x, y, anchor in ((high, 40, 30, "end"), (low, 40, 144, "end"),
+                                (left, 45, 158, "start"), (right, 305, 158, "end")):
+        parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>')
+    for n, (name, line) in enumerate(lines.items()):
+        colour = LINES[n % len(LINES)]
+        places = [f"{45 + 260 * (x - left) / (right - left or 1):.1f},"
+                  f"{140 - 114 * (y - low) / (high - low or 1):.1f}" for x, y in line]
+        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"/>'
+                     f'<text x="45" y="{176 + 15 * n}" fill="{colour}">{html.escape(name)}</text>')
+        for place in places if len(places) < 12 else ():
+            parts.append('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(
+                *place.split(","), colour))
+    return (f'<svg width="320" height="{170 + 15 * len(lines)}" font-size="11" '
+            f'fill="currentColor">{"".join(parts)}</svg>')
+
+
+def html_table(title: str, table: dict[str, dict]) -> str:
+    """The rows and cells of `format_table` for a browser, escaped."""
+    rows = table_cells(title, table)
+    tags = ["th"] + ["td"] * (len(rows) - 1)
+    return "<table>" + "".join("<tr>" + "".join(
+        f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(tags, rows)
+    ) + "</table>"
+
+
+def picture(image, where: str, most: int = 224) -> str:
+    """An image inside the page, at most that many pixels wide and high."""
+    height, width = open_image(image, where)
+    share, file = min(1.0, most / max(height, width)), io.BytesIO()
+    open_image(image, where, (max(1, int(height * share)), max(1, int(width * share)))).save(
+        file, "JPEG", quality=90)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def dialogue_html(task: Task, row: dict, prediction: dict, told: dict[str, dict]) -> str:
+    """A prompt with its pictures and reference beside every run's answer and its scores."""
+    def text(label, words):
+        return f"<p><small>{html.escape(label)}</small><br><bdi>{html.escape(words)}</bdi></p>"
+    asked = [text(m["role"], m["content"]) for m in prediction["prompt"]]
+    answers = []
+    for name, p in told.items():
+        reward = task.reward(p["replies"][0])
+        answers.append(text(f"{name}: " + ("not judged" if reward is None else f"{reward:.2f}"),
+                            p["answers"][0]))
+    scores = {name: {d: pair[0] for d, pair in p["scores"][0].items()}
+              for name, p in told.items() if p["scores"][0]}
+    return ("<div class=row>" + "".join(picture(image, row["id"]) for image in row["images"])
+            + f"<div>{''.join(asked)}{text('reference', prediction['reference'])}</div>"
+            f"<div>{''.join(answers)}<details><summary>scores</summary>"
+            f"{html_table('', scores)}</details></div></div>")
+
+
+def atlas_html(name: str, entry: dict, rows: dict[str, dict]) -> str:
+    """The code atlas of one run, and one answer of it token by token."""
+    found, shares = atlas(entry["predictions"], rows), {}
+    for split in dict.fromkeys(p["split"] for p in entry["predictions"]):
+        some = [p for p in entry["predictions"] if p["split"] == split]
+        shares[split] = {code: use["share"] for code, use in atlas(some, rows)["codes"].items()}
+    shares |= {f"{split} (IDM)": own for split, own in entry.get("idm", {}).items()}
+
+    def told(pairs):
+        return "  ".join(f"{str(value).strip()} {share:.0%}" for value, share in pairs)
+    table = {str(code): {
+        **{split: f"{share.get(code, 0):.1%}" for split, share in shares.items()},
+        **{key: told(use[key]) for key in ("tokens", "persona", "place", "role")},
+        "where": "  |  ".join(use["contexts"])} for code, use in found["codes"].items()}
+    steps = {str(t): {"token": step["token"], "code": step["action"], "p": step["p"], "runner-ups":
+                      "  ".join(f"{code}: {token.strip()} {p:.2f}"
+                                for code, p, token in step["others"])}
+             for t, step in enumerate(entry.get("trace", ()))}
+    return (f"<details><summary>{html.escape(name)}: the token explains {found['word']:.0%} of the "
+            f"codes' entropy, its role {found['role']:.0%}</summary>{html_table('code', table)}"
+            f"{html_table('one answer, token', steps)}</details>")
+
+
+def page(task: Task, title: str, entries: dict[str, dict], dialogues: int = 12) -> str:
+    """One self-contained HTML page of several runs, or of one before and after its training.
+
+    entries: name -> {"predictions", and where there are any "log" (rows of log.jsonl), "trace"
+    (steps of `trace`), "idm" (of `idm_shares`)}. Gains are over the first entry.
+    """
+    rows = {row["id"]: row for split in task.splits.values() for row in split}
+    (first, base), *others = entries.items()
+    summaries = {f"{name}, {key}": summarise(task, part) for name, entry in entries.items()
+                 for key, part in by_split_and_mode(entry["predictions"]).items()}
+    parts = [f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+             f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}"
+             "</h1>", html_table("reward", without_dimensions(task, summaries))]
+    for name, entry in others:
+        parts.append(html_table(f"gain, {first} to {name}", gain_table(
+            task, base["predictions"], entry["predictions"])))
+        parts.append("<details><summary>by group</summary>" + html_table("", gains_by_group(
+            task, base["predictions"], entry["predictions"], rows)) + "</details>")
+    parts += [svg_lines(curve, {name: [(row["step"], row[curve]) for row in entry.get("log", ())
+                                       if row.get(curve) is not None]
+                                for name, entry in entries.items()}) for curve in CURVES]
+    parts.append(svg_lines("reward over diversity of a prompt's answers", {
+        name: [(s["diversity"], s["reward"]) for key, s in summaries.items()
+               if key.startswith(f"{name}, ") and "diversity" in s] for name in entries}))
+    parts.append("<h2>Answers</h2>")
+    greedy = {name: {p["id"]: p for p in entry["predictions"] if p["mode"] == "greedy"}
+              for name, entry in entries.items()}
+    some = list(greedy[first].items())
+    for row_id, prediction in some[::max(1, len(some) // dialogues)][:dialogues]:
+        parts.append(dialogue_html(task, rows[row_id], prediction, {
+            name: told[row_id] for name, told in greedy.items() if row_id in told}))
+    latent = {name: entry for name, entry in entries.items()
+              if any(p.get("codes") for p in entry["predictions"])}
+    parts += ["<h2>Codes</h2>"] if latent else []
+    return "".join(parts + [atlas_html(name, entry, rows) for name, entry in latent.items()])
+
+
+def idm_shares(folder: Path) -> dict[str, dict[int, float]]:
+    """Held-out rows -> code -> share, from the report of the run's inverse dynamics stage."""
+    while not (file := folder / "report.json").exists() or \
+            "share of codes" not in (report := json.loads(file.read_text())):
+        if not (parent := read_config(folder)["parent"]):
+            return {}
+        folder = folder / parent
+    return {name: dict(enumerate(shares)) for name, shares in report["share of codes"].items()}
+
+
+def read_log(folder: Path) -> list[dict]:
+    file = folder / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write_page(file: Path, text: str):
+    atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
+    say(f"wrote {file}: open it in a browser")
+
+
 # ---- The evaluation command ----
 
 
@@ -1094,22 +1340,24 @@ MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a 
 
 
 def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
-             seed: int, tokens_at_once: int) -> tuple[list[list[str]], Tensor]:
-    """n answers to every row's prompt, this rank's share gathered on all ranks, and the counts of
-    the actions taken, (number of actions,). Seeds are keyed by row: no batch split matters.
-    A batch's caches hold at most `tokens_at_once` tokens, or one prompt's."""
+             seed: int, tokens_at_once: int) -> list[list[dict]]:
+    """n answers to every row's prompt, {"text", "tokens", "actions"} (ids) each, this rank's share
+    gathered on all ranks. Seeds are keyed by row: no batch split matters. A batch's caches hold at
+    most `tokens_at_once` tokens, or one prompt's."""
     mine = [(agent.encoder.encode(rows[r], prompt=True), r)
             for r in range(rank(), len(rows), world_size())]
     mine.sort(key=lambda pair: len(pair[0]), reverse=True)
     prompts, places = [prompt for prompt, _ in mine], [r for _, r in mine]
-    counts, answers = torch.zeros(agent.policy.head.out_features, dtype=torch.double), {}
+    answers = {}
     for part in split_prompts(prompts, n, max_new_tokens, tokens_at_once):
         out = rollout(agent, [prompts[i] for i in part], n, max_new_tokens, temperature,
                       [key_seed(seed, "eval", rows[places[i]]["id"]) for i in part])
-        counts += torch.bincount(out.actions[out.mask], minlength=len(counts)).cpu()
-        answers |= {places[i]: out.texts[k * n:(k + 1) * n] for k, i in enumerate(part)}
+        every = [{"text": text, "tokens": tokens[mask].tolist(), "actions": actions[mask].tolist()}
+                 for text, mask, tokens, actions in zip(out.texts, out.mask, out.tokens,
+                                                        out.actions)]
+        answers |= {places[i]: every[k * n:(k + 1) * n] for k, i in enumerate(part)}
     answers = gather(answers)
-    return [answers[r] for r in range(len(rows))], all_sum({"actions": counts})["actions"]
+    return [answers[r] for r in range(len(rows))]
 
 
 def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
@@ -1120,28 +1368,35 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
     places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
     texts -> (N, d)) are taken within a prompt's answers. Failed judgements are left out
-    and counted. Rank 0 calls the judge: its replies reach all ranks.
+    and counted. Rank 0 calls the judge: its replies reach all ranks. In latent space a prediction
+    holds the `tokens` and `codes` of its first answer, from which `atlas` tells what codes do.
     """
-    table, predictions = {}, []
+    table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
     for split, rows in splits.items():
         for mode, (temperature, n) in modes.items():
-            answers, counts = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
-                                       tokens_at_once)
+            answers = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
+                               tokens_at_once)
             flat_rows = [row for row, group in zip(rows, answers) for _ in group]
-            flat = [answer for group in answers for answer in group]
+            flat = [answer["text"] for group in answers for answer in group]
             replies = gather({0: task.judge(flat_rows, flat)} if rank() == 0 else {})[0]
             e = gather({0: embed(flat) if embed and n > 1 else None} if rank() == 0 else {})[0]
             for i, (row, group) in enumerate(zip(rows, answers)):
                 of_row = slice(i * n, (i + 1) * n)
                 predictions.append({
                     "id": row["id"], "split": split, "mode": mode,
-                    "prompt": row["messages"][:-1], "answers": group,
+                    "prompt": row["messages"][:-1], "answers": flat[of_row],
                     "reference": row["reference"], "replies": replies[of_row],
                     "scores": [task.scores(reply) for reply in replies[of_row]]}
                     | ({} if e is None else {"diversity": diversity(e[of_row])}))
-            figures = {"min_p": agent.min_p, **summarise(task, predictions[-len(rows):])}
-            table[f"{split} {mode}"] = figures | (code_usage(counts) if agent.space == "latent"
-                                                  else {})
+                if agent.space == "latent":
+                    predictions[-1] |= {"tokens": [decode([x]) for x in group[0]["tokens"]],
+                                        "codes": group[0]["actions"]}
+            table[f"{split} {mode}"] = {"min_p": agent.min_p,
+                                        **summarise(task, predictions[-len(rows):])}
+            if agent.space == "latent":
+                taken = [a for group in answers for answer in group for a in answer["actions"]]
+                table[f"{split} {mode}"] |= code_usage(torch.bincount(
+                    torch.tensor(taken), minlength=agent.structure["codes"]))
     return table, predictions
 
 
@@ -1212,7 +1467,8 @@ def arguments() -> argparse.ArgumentParser:
         help="which prompts (default: id ood); tune on valid, touch the tests once")
     add("--prompts", type=count, help="the first N prompts of each split (default: all)")
     add("--samples", type=count, default=4, help="sampled answers a prompt, for best-of-N too")
-    add("--temperature", type=within(float, 0), help="of these (default: the run's; paper: 0.1)")
+    add("--temperature", type=positive, nargs="+", help="of these, one or several (default: the "
+        "run's; paper: 0.1)")
     add("--max-new-tokens", type=count, help="longest answer (default: the run's)")
     add("--min-p", type=within(float, 0, 1), help="latent: codes cannot choose tokens below this "
         "share of the backbone's best (default: as in training); token: sample none below this "
@@ -1222,6 +1478,14 @@ def arguments() -> argparse.ArgumentParser:
         "saved replies' text")
     add("--make-references", metavar="FOLDER", help="reference answers for PCogAlignBench's "
         "published files in FOLDER, by the model at --judge-url")
+    add("--report", metavar="FILE", help="a page of all these runs: answers, gains over the first, "
+        "curves, reward against diversity, what each code does")
+    add("--chat", action="store_true", help="talk to RUN in the terminal")
+    add("--image", type=os.path.abspath, metavar="FILE", help="chat: the picture to talk about")
+    add("--system", default="", help="chat: the system prompt")
+    add("--show-codes", action="store_true", help="chat: each token's code and its probability")
+    add("--ban", type=int, nargs="+", default=[], metavar="CODE", help="chat: never these codes")
+    add("--force", type=int, nargs="+", default=[], metavar="CODE", help="chat: none but these")
     add("--run-root", default="runs", help="where these calls are cached (default: runs)")
     add("--out", metavar="FOLDER", help="for predictions.jsonl and summary.json, so that they do "
         "not replace those of an earlier evaluation (default: the run's own)")
@@ -1237,14 +1501,15 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv=None):
     args = arguments().parse_args(argv)
     init_distributed(args)
-    if bool(args.runs) + bool(args.rescore) + bool(args.make_references) != 1:
-        raise UserError("name run folders, as runs/tiny/rl-mini-dapo-latent-s0, or --rescore FILE, "
-                        "or --make-references FOLDER")
+    if bool(args.runs) + bool(args.rescore) + bool(args.make_references) != 1 or \
+            args.chat and len(args.runs) != 1:
+        raise UserError("name run folders, as runs/tiny/rl-mini-dapo-latent-s0 (one with --chat), "
+                        "or --rescore FILE, or --make-references FOLDER")
     if args.rescore:
         return rescore(args.rescore)
     if args.make_references:
         return make_references(args) if rank() == 0 else None
-    summaries, yardsticks = {}, {}
+    summaries, yardsticks, entries = {}, {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
@@ -1259,6 +1524,8 @@ def main(argv=None):
             torch.set_num_threads(1)            # see train_rl.py
         if args.min_p is not None:
             agent.min_p = args.min_p
+        if args.chat:
+            return talk(agent, args)
         given = {key: value for key, value in vars(args).items() if value is not None}
         merged = argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": None,
                                        **config["args"], **given,
@@ -1273,11 +1540,22 @@ def main(argv=None):
             yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged),
                                                  args.tokens_at_once)
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
-        modes = {"greedy": (0.0, 1), "sampled": (merged.temperature, args.samples)}
+        temperatures = args.temperature or [merged.temperature]
+        modes = {"greedy": (0.0, 1), **{
+            "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
+            for t in temperatures}}
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
                                       yardsticks[base])
         say(format_table(folder.name, without_dimensions(task, table)))
         summaries[folder] = table
+        if args.report:
+            first = next(iter(splits.values()))[0]
+            entries[str(folder)] = {
+                "predictions": predictions, "log": read_log(folder), "idm": idm_shares(folder),
+                "trace": trace(agent, first, task.max_new_tokens)[1]}
+            if [p["id"] for p in predictions] != [p["id"] for p in next(iter(entries.values()))[
+                    "predictions"]]:
+                raise UserError(f"--report: {folder} is of another task than {args.runs[0]}")
         if rank() == 0:
             out = Path(args.out) / folder.name if args.out else folder
             out.mkdir(parents=True, exist_ok=True)
@@ -1291,6 +1569,34 @@ def main(argv=None):
             "gives all the same")
     if len(summaries) > 1:
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
+    if args.report and rank() == 0:
+        write_page(Path(args.report), page(task, f"{len(entries)} runs on {task.name}", entries))
+
+
+def talk(agent: Agent, args):
+    """A conversation in the terminal until an empty line; earlier turns are part of the prompt."""
+    if args.ban or args.force:
+        codes = set(range(agent.structure["codes"])) if agent.space == "latent" else set()
+        banned = set(args.ban) | (codes - set(args.force) if args.force else set())
+        if not {*args.ban, *args.force} <= codes or banned == codes:
+            raise UserError(f"--ban, --force: this run has {len(codes)} codes, counted from 0, of "
+                            "which one must be left")
+        agent.policy.head.bias.data[sorted(banned)] = -math.inf
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    images = [args.image] if args.image else []
+    temperature = args.temperature[0] if args.temperature else 0.0
+    try:
+        for turn, said in enumerate(iter(lambda: input("you: "), "")):
+            said = "<image>" * (turn == 0 and "<image>" not in said) * len(images) + said
+            messages.append({"role": "user", "content": said})
+            row = {"id": f"chat-{turn}", "messages": messages, "images": images}
+            text, steps = trace(agent, row, args.max_new_tokens or 256, temperature, args.seed)
+            messages.append({"role": "assistant", "content": text})
+            say(f"agent: {text}")
+            if args.show_codes:
+                say("".join(f"\n  {s['action']:>5} {s['p']:.2f}  {s['token']!r}" for s in steps))
+    except EOFError:
+        say()
 
 
 def compare(summaries: dict[Path, dict]) -> dict[str, dict]:

@@ -1884,10 +1884,11 @@ class Run:
         if step == self.steps:
             self.bar.close()
 
-    def report(self, title: str, table: dict[str, dict[str, float]]):
+    def report(self, title: str, table: dict[str, dict], shown: bool = True):
         """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
         if rank() == 0:
-            print(format_table(title, table), flush=True)
+            if shown:
+                print(format_table(title, table), flush=True)
             file = self.folder / "report.json"
             old = json.loads(file.read_text()) if file.exists() else {}
             text = json.dumps({**old, title: table}, indent=1)
@@ -1915,13 +1916,18 @@ class Run:
         say(f"{self.folder} finished in {(time.time() - self.started) / 60:.1f} min")
 
 
-def format_table(title: str, table: dict[str, dict[str, float]]) -> str:
-    """Plain-text table; columns are the union of the rows' keys, numbers to 4 digits."""
+def table_cells(title: str, table: dict[str, dict]) -> list[list[str]]:
+    """A table's lines of cells; columns are the union of the rows' keys, numbers to 4 digits."""
     columns = list(dict.fromkeys(c for row in table.values() for c in row))
     def cell(value):
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    lines = [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
-                                   for name, row in table.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
+                                  for name, row in table.items()]
+
+
+def format_table(title: str, table: dict[str, dict]) -> str:
+    """`table_cells` as plain text."""
+    lines = table_cells(title, table)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n)
                                for i, (w, n) in enumerate(zip(line, widths))) for line in lines)

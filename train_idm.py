@@ -90,11 +90,11 @@ def inverse_counts(batches: list[Batch]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
+def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tuple[dict, dict]:
     """Held-out cross-entropy of x_{t+1} given the IDM's noise-free code, beside the backbone's
     own, shuffled codes' and random codes'; codes in use, marginal perplexity, and code use of
-    text-only rows without the projector ("text, no P": coverage)."""
-    report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
+    text-only rows without the projector ("text, no P": coverage); and every code's share."""
+    report, shares, n, head = {}, {}, agent.structure["codes"], agent.backbone.lm_head
     labels = {name: name for name in held}
     if "text" in held and agent.projector is not None:
         labels["text, no P"] = "text"
@@ -117,10 +117,11 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict
                 x = agent.world(s, agent.codebook(given)).to(s.dtype)
                 return -token_logprobs(head, x, targets, agent.token_bias).mean().item()
         backbone = -token_logprobs(head, e, targets, agent.token_bias).mean().item()
+        counts = torch.bincount(codes, minlength=n)
+        shares[label] = (counts / len(codes)).tolist()
         report[label] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
-                         "backbone": backbone,
-                         **tasks.code_usage(torch.bincount(codes, minlength=n))}
-    return report
+                         "backbone": backbone, **tasks.code_usage(counts)}
+    return report, shares
 
 
 def main(argv=None):
@@ -187,7 +188,9 @@ def main(argv=None):
         say("warning: the codebook has collapsed (perplexity below 4); see README, Troubleshooting")
     if parent:
         run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
-    run.report("cross-entropy, held out", idm_report(agent, held, args.tokens_at_once))
+    report, shares = idm_report(agent, held, args.tokens_at_once)
+    run.report("cross-entropy, held out", report)
+    run.report("share of codes", shares, shown=False)
     run.finish(**modules)
 
 

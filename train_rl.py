@@ -499,18 +499,25 @@ def main(argv=None):
                  "reward": None if math.isnan(reward) else reward}
                 for text, reward in zip(groups[0]["texts"], groups[0]["rewards"].tolist())])
         run.save(step + 1, state)
+    entries, modes = {}, {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
     if splits:
         say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
-        predictions, modes = {}, {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
         for name, policy in (("before", initial), ("after", agent.policy)):
             agent.policy = policy
-            _, predictions[name] = tasks.evaluate(agent.eval(), task, splits, args.seed,
-                                                  args.tokens_at_once, modes)
-        run.report("reward", tasks.gain_table(task, predictions["before"], predictions["after"]))
-        first = {name: of[0] for name, of in predictions.items()}
-        say(f"one prompt ({first['before']['id']}): {first['before']['prompt'][-1]['content']}",
-            *(f"{name}: {prediction['answers'][0]}" for name, prediction in first.items()),
-            f"reference: {first['before']['reference']}", sep="\n  ")
+            _, predictions = tasks.evaluate(agent.eval(), task, splits, args.seed,
+                                            args.tokens_at_once, modes)
+            first = next(iter(splits.values()))[0]
+            _, steps = tasks.trace(agent, first, task.max_new_tokens)
+            entries[name] = {"predictions": predictions, "trace": steps}
+        before, after = (entry["predictions"] for entry in entries.values())
+        run.report("reward", tasks.gain_table(task, before, after))
+        say(f"one prompt ({first['id']}): {before[0]['prompt'][-1]['content']}",
+            f"before: {before[0]['answers'][0]}", f"after: {after[0]['answers'][0]}",
+            f"reference: {before[0]['reference']}", sep="\n  ")
+    if rank() == 0:
+        entries.setdefault("after", {"predictions": []}).update(
+            log=tasks.read_log(run.folder), idm=tasks.idm_shares(parent))
+        tasks.write_page(run.folder / "report.html", tasks.page(task, run.folder.name, entries))
     run.finish(**modules)
 
 

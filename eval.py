@@ -188,12 +188,13 @@ def load_task(args) -> Task:
 
 # ---- The mini world ----
 #
-# A picture is 2 x 2 cells of 28 pixels, one visual token each, with two to four objects. A persona
-# is asked about it in one of four ways; a good answer says what is asked, right, in the persona's
-# own words. Objects are always named in the order of CELLS: a fixed order is what lets a tiny
-# model learn from scratch to look.
+# A scale model of the paper's experiment. A picture is 2 x 2 cells of 28 pixels, one visual token
+# each, with two to four objects. A persona is asked about it in one of three ways; a good answer
+# says what is asked, right, in the persona's own words. Objects are always named in the order of
+# CELLS: a fixed order is what lets a tiny model learn from scratch to look. The base has seen all
+# personas, text-only rows hold all of them; paired rows, demonstrations and RL the familiar ones.
 
-MINI_VERSION = 1           # bumped by hand whenever rows, pictures or marks of this world change
+MINI_VERSION = 2           # bumped by hand whenever rows, pictures or marks of this world change
 
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
@@ -205,7 +206,6 @@ OBJECTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 QUESTIONS = {      # kind -> wordings; {} is the cell or the object that is asked about
     "all": ("What do you see?", "Tell me what is in the picture.", "Name all the shapes in order."),
     "cell": ("What is in the {}?", "Which shape is in the {}?", "Tell me what is in the {}."),
-    "where": ("Where is the {}?", "In which corner is the {}?", "Find the {}."),
     "count": ("How many shapes are there?", "How many shapes do you see?", "Count the shapes."),
 }
 
@@ -222,22 +222,32 @@ PERSONAS = [
     Persona("Coach Dunn", "trainer", "Listen up, team!", "spot", "winning", "Keep running!"),
     Persona("Granny Mabel", "grandmother", "Oh dear.", "notice", "lovely", "Have some cake."),
     Persona("Wanda", "witch", "Hee hee!", "conjure", "spooky", "Stir the cauldron!"),
-    # The last four are held out of the paired data, the demonstrations and RL.
     Persona("Inspector Grey", "detective", "Aha!", "discover", "suspicious", "Case closed."),
     Persona("Orla", "poet", "Sweet muse,", "admire", "gentle", "So sings my heart."),
     Persona("Dusty Rex", "cowboy", "Howdy, partner!", "reckon", "dandy", "Ride on!"),
     Persona("Major Nova", "pilot", "Houston, hello.", "track", "cosmic", "Over and out."),
+    Persona("Nurse Ivy", "nurse", "There, there.", "examine", "healthy", "Rest well now."),
+    Persona("Judge Oakes", "judge", "Order, order!", "declare", "lawful", "Court is adjourned."),
+    Persona("Farmer Gus", "farmer", "Good morning, folks.", "gather", "ripe",
+            "Back to the fields."),
+    Persona("Lady Pearl", "duchess", "How charming.", "regard", "elegant", "Tea is at four."),
+    Persona("Old Tom", "fisherman", "Calm waters, friend.", "hook", "salty", "Pull up the nets."),
+    Persona("Brother Alden", "monk", "Peace to you.", "contemplate", "humble", "Be still."),
+    Persona("Rico", "dancer", "Feel the rhythm!", "imagine", "lively", "Dance with me!"),
+    Persona("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
 ]
-HELD_OUT = 4
+WORLD = 1                  # draws who is familiar and who is held out
+FAMILIAR, HELD_OUT = 12, 4 # of the 20; the last 4 are the OOD test's
 
-# How often a slot of an answer is right, and how often its facts are. A persona's slots alternate
-# between SPREAD above and below: where it is below, the neutral word is the likeliest, so that
-# not only samples but also greedy answers of a model fitted to these data can be improved by RL.
+# How often a slot of an answer holds the persona's own word. What is said of the picture is always
+# right: there is headroom in words, not in sight. An answer is more or less in role as a whole, by
+# VOICE, and a persona's slots alternate between SPREAD above and below: where it is below, the
+# neutral word is the likeliest, so that RL can improve greedy answers too, not samples alone.
 QUALITY = {"base": 0.35, "paired": 0.5, "text": 0.5, "sft": 0.55}
-FACTS = {"base": 0.75, "paired": 0.8, "text": 0.8, "sft": 0.85}
-SPREAD = 0.2
-NEUTRAL_SHARE = 0.7                        # of the wrong slots; the rest are another persona's
+VOICE, SPREAD = 0.2, 0.2
+NEUTRAL_SHARE = 0.85                       # of the wrong slots; the rest are another persona's
 
+CORPUS = {"paired": 4096, "text": 32768}   # rows
 SIZES = {"sft": 1500, "valid": 240, "rl": 2000, "id": 200, "ood": 200}
 MINI_TOKENS = 40                           # the longest perfect answer has 30 words and marks
 
@@ -249,19 +259,18 @@ class Answer:
     opening: str = ""
     verb: str = ""
     number: str = ""
-    article: str = "a"
     adjective: str = ""
     objects: tuple[str, ...] = ()
     place: str = ""
     closing: str = ""
 
     def text(self) -> str:
-        things = [f"{self.article} {thing}" for thing in self.objects]
+        things = [f"a {thing}" for thing in self.objects]
         if self.number:
             said = f"{self.number} {self.adjective} shapes"
             said += f": {in_series(things)}" if things else " in all"
         else:
-            things[:1] = [f"{self.article} {self.adjective} {self.objects[0]}"]
+            things[:1] = [f"a {self.adjective} {self.objects[0]}"]
             said = in_series(things) + (f" in the {self.place}" if self.place else "")
         words = f"{self.opening} I {self.verb} {said}. {self.closing}".split()
         return " ".join(words)             # an absent part leaves no double space
@@ -286,22 +295,15 @@ def facts(question, scene) -> Answer:
         return Answer(number=NUMBERS[len(things) - 1], objects=things)
     if kind == "cell":
         return Answer(objects=(scene[CELLS.index(target)],), place=target)
-    if kind == "where":
-        return Answer(article="the", objects=(target,), place=CELLS[scene.index(target)])
     return Answer(number=NUMBERS[len(things) - 1])
 
 
-def mistaken(answer: Answer, kind: str, rng) -> Answer:
-    """The same answer with one fact wrong: a number, a place, or a colour or shape."""
-    if kind == "count":
-        answer.number = rng.choice([n for n in NUMBERS[1:] if n != answer.number])
-    elif kind == "where":
-        answer.place = rng.choice([cell for cell in CELLS if cell != answer.place])
-    else:
-        things, at = list(answer.objects), rng.randrange(len(answer.objects))
-        things[at] = rng.choice([o for o in OBJECTS if likeness(o, things[at]) == 0.5])
-        answer.objects = tuple(things)
-    return answer
+def casting() -> dict[str, list[Persona]]:
+    """The personas in three disjoint parts, drawn by WORLD: "familiar", and those that "valid" and
+    "ood" alone ask."""
+    order = random.Random(f"world-{WORLD}").sample(PERSONAS, len(PERSONAS))
+    return {"familiar": order[:FAMILIAR], "valid": order[FAMILIAR:FAMILIAR + HELD_OUT],
+            "ood": order[FAMILIAR + HELD_OUT:]}
 
 
 def likeness(thing, other) -> float:
@@ -325,55 +327,50 @@ def draw_scene(rng, pool: str, most: int = 4):
 
 
 def draw_question(rng, kind: str, scene):
-    """((kind, cell or object asked about), wording), always answerable from the scene."""
+    """((kind, cell asked about), wording), always answerable from the scene."""
     target = None
-    if kind in ("cell", "where"):
-        at = rng.choice([i for i, thing in enumerate(scene) if thing])
-        target = CELLS[at] if kind == "cell" else scene[at]
+    if kind == "cell":
+        target = rng.choice([cell for cell, thing in zip(CELLS, scene) if thing])
     return (kind, target), rng.choice(QUESTIONS[kind]).format(target)
 
 
-@functools.cache
-def shape_mask(shape: str, radius: int, dx: int, dy: int) -> Image.Image:
-    """A 28 x 28 mask of one shape, drawn four times larger and averaged down."""
-    mask = Image.new("L", (112, 112))
-    draw, x, y, r = ImageDraw.Draw(mask), 56 + 4 * dx, 56 + 4 * dy, 4 * radius
-    if shape in ("circle", "ring"):
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        if shape == "ring":
-            draw.ellipse((x - r * 0.55, y - r * 0.55, x + r * 0.55, y + r * 0.55), fill=0)
-    elif shape == "square":
-        draw.rectangle((x - r * 0.85, y - r * 0.85, x + r * 0.85, y + r * 0.85), fill=255)
-    elif shape == "cross":
-        draw.rectangle((x - r, y - r * 0.32, x + r, y + r * 0.32), fill=255)
-        draw.rectangle((x - r * 0.32, y - r, x + r * 0.32, y + r), fill=255)
-    else:
-        corners, inner = (10, 0.42) if shape == "star" else (3, 1.0)
-        spokes = [(r * (1.1 if i % 2 == 0 or corners == 3 else inner), 2 * math.pi * i / corners)
-                  for i in range(corners)]
-        draw.polygon([(x + s * math.sin(a), y - s * math.cos(a)) for s, a in spokes], fill=255)
-    return mask.resize((28, 28), Image.Resampling.BOX)
-
-
 def render(scene, rng) -> Image.Image:
-    """The 56 x 56 picture of a scene; place, size and shade of every object vary a little."""
-    picture = Image.new("RGB", (56, 56), tuple(rng.randint(238, 250) for _ in range(3)))
+    """The 56 x 56 picture of a scene, drawn four times larger and averaged down; place, size and
+    shade of every object vary a little."""
+    ground = tuple(rng.randint(238, 250) for _ in range(3))
+    picture = Image.new("RGB", (224, 224), ground)
+    draw = ImageDraw.Draw(picture)
     for at, thing in enumerate(scene):
-        if thing:
-            colour, shape = thing.split()
-            mask = shape_mask(shape, rng.randint(9, 11), rng.randint(-1, 1), rng.randint(-1, 1))
-            shade = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[colour])
-            picture.paste(shade, (at % 2 * 28, at // 2 * 28), mask)
-    return picture
+        if thing is None:
+            continue
+        colour, shape = thing.split()
+        x, y = (112 * place + 56 + 4 * rng.randint(-1, 1) for place in (at % 2, at // 2))
+        fill = tuple(max(0, c + rng.randint(-14, 14)) for c in COLOURS[colour])
+        r = 4 * rng.randint(9, 11)
+        if shape in ("circle", "ring"):
+            draw.circle((x, y), r, fill)
+            if shape == "ring":
+                draw.circle((x, y), 0.55 * r, ground)
+        elif shape == "cross":
+            draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+            draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+        else:
+            corners, turn, inner = {"triangle": (3, 0, 1), "square": (4, math.pi / 4, 1),
+                                    "star": (10, 0, 0.45)}[shape]
+            spokes = [(1.15 * r * (inner if i % 2 else 1), turn + 2 * math.pi * i / corners)
+                      for i in range(corners)]
+            draw.polygon([(x + s * math.sin(a), y - s * math.cos(a)) for s, a in spokes], fill)
+    return picture.resize((56, 56), Image.Resampling.BOX)
 
 
 def voiced(answer: Answer, persona: Persona, rng=None, quality=1.0, others=()) -> Answer:
     """Gives the answer the persona's words. Below quality 1, wrong slots get neutral words or
     those of another of `others`."""
+    in_role = rng.choice((-VOICE, VOICE)) if quality < 1 else 0.0
     for i, slot in enumerate(SLOTS):
         speaker = persona
         if quality < 1:
-            level = quality + (SPREAD if (PERSONAS.index(persona) + i) % 2 else -SPREAD)
+            level = quality + in_role + (SPREAD if (PERSONAS.index(persona) + i) % 2 else -SPREAD)
             if rng.random() >= level:
                 neutral = rng.random() < NEUTRAL_SHARE
                 speaker = NEUTRAL if neutral else rng.choice([p for p in others if p != persona])
@@ -396,10 +393,7 @@ def dialogue(rng, row_id, persona, kind, pool, data=None, others=(), image=True)
     reference = voiced(facts(question, scene), persona).text()
     answer = reference
     if data:
-        said = facts(question, scene)
-        if rng.random() >= FACTS[data]:
-            said = mistaken(said, kind, rng)
-        answer = voiced(said, persona, rng, QUALITY[data], others).text()
+        answer = voiced(facts(question, scene), persona, rng, QUALITY[data], others).text()
     user = f"<image>{asked}" if image else f"{caption(scene)} {asked}"
     return {"id": row_id, "messages": chat(persona, user, answer),
             "images": [render(scene, rng)] if image else [], "reference": reference,
@@ -408,10 +402,10 @@ def dialogue(rng, row_id, persona, kind, pool, data=None, others=(), image=True)
 
 def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
     """n rows of one corpus. caption: neutral captions. base: all personas with images, most of
-    them badly imitated. paired: the in-distribution personas with images, mixed quality.
-    text: all personas without images. No scene of a test or validation prompt occurs."""
+    them badly imitated. paired: the familiar personas with images, mixed quality. text: all
+    personas without images. No scene of a test or validation prompt occurs."""
     rng, rows = random.Random(f"{kind}-{seed}"), []
-    personas = PERSONAS[:-HELD_OUT] if kind == "paired" else PERSONAS
+    personas = casting()["familiar"] if kind == "paired" else PERSONAS
     for i in range(n):
         row_id, persona = f"{kind}-{seed}-{i}", personas[i % len(personas)]
         asks = [*QUESTIONS, "who"] if kind == "text" else [*QUESTIONS]
@@ -433,22 +427,23 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
 
 
 def embedded(kind: str, seed: int) -> list[dict]:
-    """The corpora of the embedded default: 4096 "paired" or "text" rows, or 96 held-out "ood" rows
-    of the personas without paired data."""
+    """The corpora of the embedded default, "paired" and "text", or 96 held-out "ood" rows: of the
+    personas of "valid", which have no paired data, so that the test's stay unseen."""
     if kind != "ood":
-        return mini_corpus(kind, 4096, seed)
-    unseen = {persona.name for persona in PERSONAS[-HELD_OUT:]}
-    return [row for row in mini_corpus("base", 384, seed) if row["persona"] in unseen][:96]
+        return mini_corpus(kind, CORPUS[kind], seed)
+    unseen = {persona.name for persona in casting()["valid"]}
+    return [row for row in mini_corpus("base", 960, seed) if row["persona"] in unseen][:96]
 
 
 def mini_task(seed: int, test_seed: int) -> Task:
-    """The splits of the mini world. "ood" asks the held-out personas, "valid", on which settings
-    are chosen, all of them, and the others the rest."""
-    splits = {}
+    """The splits of the mini world. "valid", on which settings are chosen, asks familiar personas
+    and its own by turns."""
+    splits, parts = {}, casting()
+    by_turns = [persona for i, familiar in enumerate(parts["familiar"])
+                for persona in (familiar, parts["valid"][i % HELD_OUT])]
     for split in SPLITS:
         rng = random.Random(f"{split}-{test_seed if split in ('id', 'ood') else seed}")
-        personas = {"valid": PERSONAS, "ood": PERSONAS[-HELD_OUT:]}.get(split,
-                                                                        PERSONAS[:-HELD_OUT])
+        personas = {"valid": by_turns, "ood": parts["ood"]}.get(split, parts["familiar"])
         pool = "train" if split in ("sft", "rl") else split
         data, kinds = "sft" if split == "sft" else None, list(QUESTIONS)
         splits[split] = [dialogue(rng, f"mini-{split}-{seed}-{i}", personas[i % len(personas)],
@@ -499,7 +494,6 @@ def parse_answer(text: str) -> tuple[Answer | None, float]:
     answer = Answer(
         opening=opening, verb=verb, closing=closing,
         number=claim[0] if claim[0] in NUMBERS else "",
-        article=claim[0] if claim[0] in ("a", "the") else "a",
         adjective=claim[1] if claim[1] in PHRASES["adjective"] else "",
         objects=tuple(pair for pair in pairs if pair in OBJECTS),
         place=places[-1] if places else "")
@@ -545,63 +539,61 @@ def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, 
     elif kind == "cell":
         asked = answer.place == target and len(answer.objects) == 1 and not answer.number
         given = likeness(answer.objects[0], right.objects[0]) if asked else 0.0
-    elif kind == "where":
-        asked = answer.objects == (target,) and bool(answer.place) and not answer.number
-        given = float(answer.place == right.place)
     else:
         asked = bool(answer.number) and not answer.objects
         given = float(answer.number == right.number)
     return asked, true ** 2, asked * given ** 2
 
 
-def judge_answer(row: dict, text: str) -> list[tuple[float, str]]:
-    """(score from 1 to 10, reason) for each of DIMENSIONS."""
+def judge_answer(row: dict, text: str) -> dict[str, float]:
+    """Each of DIMENSIONS -> the answer's share of the points, 0 to 1:
+
+    Instruction Adherence     what is asked is answered, right and in role
+    Fluency                   tokens in their places (grammar)
+    Coherency                 the same, and of four: has opening and closing, answers what is
+                              asked, its parts agree, one voice
+    Image-Text Relevance      claims that are true of the picture
+    Response Accuracy         how much of the right answer is given
+    Personality Consistency   own opening and closing
+    Knowledge Consistency     own verb and adjective, in a right answer
+    Tone Consistency          own words less those of others
+
+    All but the first two of form fall with the root of the grammar; a wrong answer halves what its
+    words earn."""
     answer, grammar = parse_answer(text)
     if answer is None:
-        return [(1.0, "no sentence that answers")] * len(DIMENSIONS)
+        return dict.fromkeys(DIMENSIONS, 0.0)
     asked, true, right = hold_against_picture(answer, row["question"], row["scene"])
     speakers = {slot: OWNERS[slot].get(getattr(answer, slot)) for slot in SLOTS}  # None: absent
-    own = {slot: float(speaker == row["persona"]) for slot, speaker in speakers.items()}
-    foreign = sum(speaker not in (row["persona"], NEUTRAL.name, None)
-                  for speaker in speakers.values()) / len(SLOTS)
-    role = sum(own.values()) / len(SLOTS)
-    voices = len(set(speakers.values()) - {NEUTRAL.name, None})
+    own = {slot: speaker == row["persona"] for slot, speaker in speakers.items()}
+    others = [speaker for slot, speaker in speakers.items()
+              if not own[slot] and speaker not in (NEUTRAL.name, None)]
+    role = max(0.0, (sum(own.values()) - len(others)) / len(SLOTS))
     named = len(set(answer.objects))
-    consistent = named == len(answer.objects) and (
+    agree = named == len(answer.objects) and (
         not (answer.number and named) or NUMBERS.index(answer.number) + 1 == named)
-
-    # Bad grammar weighs fully on the two dimensions of form and by its root on all others. A role
-    # that misreports what it sees is worth half, its knowledge nothing.
-    sound = math.sqrt(grammar)
-    coherent = (0.5 + 0.25 * bool(answer.opening) + 0.25 * bool(answer.closing)) \
-        * (1.0 if consistent else 0.5) * (1.0 if asked else 0.5) * (1.0 if voices < 2 else 0.75)
-    truthful = 0.5 + 0.5 * right
-    shares = (
-        (sound * asked * max(0.0, 0.5 + 0.5 * role - 0.5 * foreign) * (0.3 + 0.7 * right),
-         f"{'answers' if asked else 'does not answer'} the question asked"),
-        (grammar, f"grammar {grammar:.2f}"),
-        (grammar * coherent, f"parts {'agree' if consistent else 'contradict each other'}, "
-                             f"{voices} voices"),
-        (sound * true, f"claims true of the picture {true:.2f}"),
-        (sound * right, f"right answer given {right:.2f}"),
-        (sound * truthful * (own["opening"] + own["closing"]) / 2,
-         f"own opening {own['opening']:.0f}, own closing {own['closing']:.0f}"),
-        (sound * right * (own["verb"] + own["adjective"]) / 2,
-         f"own verb {own['verb']:.0f}, own adjective {own['adjective']:.0f}"),
-        (sound * truthful * max(0.0, role - foreign),
-         f"in role {role:.2f}, in another {foreign:.2f}"),
-    )
-    return [(1 + 9 * share, reason) for share, reason in shares]
+    coherent = (bool(answer.opening and answer.closing), asked, agree,
+                len(set(others)) + any(own.values()) < 2)
+    sound, truthful = math.sqrt(grammar), (1 + right) / 2
+    return dict(zip(DIMENSIONS, (
+        sound * asked * truthful * (1 + role) / 2,
+        grammar,
+        grammar * sum(coherent) / len(coherent),
+        sound * true,
+        sound * right,
+        sound * truthful * (own["opening"] + own["closing"]) / 2,
+        sound * right * (own["verb"] + own["adjective"]) / 2,
+        sound * truthful * role)))
 
 
 def judge_by_rules(rows: list[dict], answers: list[str]) -> list[str]:
-    """The mini world's judge, in an LLM judge's format. The reference is judged by the same
-    rules. The answer is never quoted, so nothing in it can be read as a score."""
+    """The mini world's judge, in an LLM judge's format, scores from 1 to 10. The reference is
+    judged by the same rules. The answer is never quoted: nothing in it can be read as a score."""
     replies = []
     for row, answer in zip(rows, answers, strict=True):
-        both = zip(DIMENSIONS, judge_answer(row, answer), judge_answer(row, row["reference"]))
-        replies.append("\n".join(f"{name}: {reason}. [Scores]: ({score:.1f}, {reference:.1f})"
-                                 for name, (score, reason), (reference, _) in both))
+        said, wanted = judge_answer(row, answer), judge_answer(row, row["reference"])
+        replies.append("\n".join(f"{name}: by rule. [Scores]: ({1 + 9 * said[name]:.1f}, "
+                                 f"{1 + 9 * wanted[name]:.1f})" for name in DIMENSIONS))
     return replies
 
 

@@ -1344,7 +1344,8 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
                                    hold_out=96, pictures=kind == "paired")
     held = {"id": streams["paired"].held_out}
     if not args.paired:
-        held["ood"] = [encoder.encode(row)
+        # Answers alone: nobody chooses the words of a prompt, where the unseen names stand.
+        held["ood"] = [encoder.encode(row, responses_only=True)
                        for row in embedded("ood", key_seed(args.seed, "held"))]
     if "text" in streams:
         held["text"] = streams["text"].held_out

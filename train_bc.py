@@ -38,7 +38,7 @@ from torch import Tensor
 LATENT_SFT = {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
               "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}
 DEFAULTS = {   # the full-scale learning rates are the release's
-    "bc": {"tiny": {"steps": 200, "lr": 1e-3, "batch_tokens": 2048},
+    "bc": {"tiny": {"steps": 300, "lr": 1e-3, "batch_tokens": 1024},
            "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}},
     "clone": LATENT_SFT, "release": LATENT_SFT,
     "token": {"tiny": {"steps": 40, "lr": 1e-4, "batch_tokens": 2048},

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 TAU = 2.0              # temperature of the Gumbel-softmax
 ENTROPY = 1e-3         # weight of the per-token entropy bonus
 WINDOW = 0.95          # decay of the running histogram of codes that usage is read from
-DEFAULTS = {"idm": {"tiny": {"steps": 250, "lr": 1e-3, "batch_tokens": 2048},
+DEFAULTS = {"idm": {"tiny": {"steps": 400, "lr": 1e-3, "batch_tokens": 1024},
                     "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}}}
 
 

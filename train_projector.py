@@ -18,6 +18,7 @@ and 20.
 
 import argparse
 import os
+import random
 import shutil
 
 import eval as tasks
@@ -38,11 +39,11 @@ DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 204
 
 # Stage 0, found on validation prompts: (phase, steps, Muon's lr, AdamW's lr). The last phase is
 # gentle, or dialogue undoes the grounding that alignment and captions have taught.
-BASE_PHASES = (("align", 300, 0.02, 3e-3), ("caption", 180, 0.02, 2e-3),
-               ("dialogue", 600, 0.006, 1e-3))
+BASE_PHASES = (("align", 250, 0.02, 3e-3), ("caption", 120, 0.02, 2e-3),
+               ("dialogue", 500, 0.01, 2e-3))
 BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
-             "dialogue": {"base": 8192, "text": 1536, "caption": 512}}
-BASE_TOKENS = 3072
+             "dialogue": {"base": 8192, "text": 4096, "caption": 512}}
+BASE_TOKENS = 2048
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -199,7 +200,9 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
                            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True)
+        # As in the 7B. Tied, the last state of a model this small forgets the word it stands at,
+        # which is what inverse dynamics has to read from it.
+        tie_word_embeddings=False)
     torch.manual_seed(key_seed(seed, "base"))
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     processor = Qwen2VLImageProcessorPil(
@@ -273,6 +276,8 @@ def ensure_base(args):
     rows = {phase: [row for kind, n in kinds.items()
                     for row in tasks.mini_corpus(kind, n, key_seed(seed, phase))]
             for phase, kinds in BASE_ROWS.items()}
+    for phase in rows:                              # a stream reads in blocks: mix the kinds
+        random.Random(key_seed(seed, phase)).shuffle(rows[phase])
     streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(seed, phase))
                for phase in rows}
     words = dict(zip((row["id"] for row in rows["align"]), cell_words(rows["align"], tokenizer)))

@@ -58,11 +58,8 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-MIN_P = 0.1                         # the default for the mini world's latent runs, 0 elsewhere
-DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4, "min_p": 0.0},
-                       "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}},
-            "token": {"tiny": {"steps": 80, "lr": 2.5e-4, "min_p": 0.0},
-                      "full": {"steps": 100, "lr": 1e-6, "min_p": 0.0}}}
+DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4}, "full": {"steps": 100, "lr": 1e-6}},
+            "token": {"tiny": {"steps": 80, "lr": 2.5e-4}, "full": {"steps": 100, "lr": 1e-6}}}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
@@ -95,8 +92,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--group-size", type=within(int, 2), default=8, help="answers a prompt, G (default: 8)")
     add("--max-new-tokens", type=count, help="longest answer (default: the task's)")
     add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
-    add("--min-p", type=within(float, 0, 1), help="outside the paper: codes cannot choose tokens "
-        "less likely under the backbone than this share of its best (default: 0, off; mini: 0.1)")
+    add("--min-p", type=within(float, 0, 1), default=0.0, help="outside the paper: codes cannot "
+        "choose tokens less likely under the backbone than this share of its best (default: 0)")
     add("--inner-epochs", type=count, default=1, help="passes over each rollout (default: 1)")
     add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
         "no evaluation (default: valid, tiny: id ood); tune on valid")
@@ -439,8 +436,6 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    if args.min_p is None and args.task == "mini" and args.action_space == "latent":
-        args.min_p = MIN_P
     fill(args, DEFAULTS[args.action_space])
     fill_algorithm(args, world_size())
     identity, task = tasks.identity(args, "paired", "text", "task"), tasks.load_task(args)

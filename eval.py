@@ -1152,7 +1152,7 @@ def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
                 Counter(use[name] for use in some).most_common(n)]
     return {"codes": {code: {"share": len(some) / len(every), "tokens": most(some, "tokens", 5),
                              "contexts": [value for value, _ in most(some, "contexts", 2)],
-                             **{name: most(some, name, 1)[0]
+                             **{name: most(some, name, 1)
                                 for name in ("persona", "place", "role")}}
                       for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1]))},
             "word": information([(code, use["tokens"]) for code, use in every]),
@@ -1174,7 +1174,7 @@ def gains_by_group(task: Task, before: list[dict], after: list[dict],
 
 STYLE = """:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif;
 max-width: 66rem; margin: auto; padding: 1rem } table { border-collapse: collapse; display: block;
-overflow-x: auto; font-variant-numeric: tabular-nums } td, th { padding: .1rem .6rem; text-align:
+overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums } td, th { padding: .1rem .6rem; text-align:
 right; border-bottom: 1px solid #8884; white-space: pre } td:first-child, th:first-child {
 text-align: left } .row { display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem 0; border-top:
 1px solid #8884 } .row > div { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere } img { width:
@@ -1187,7 +1187,8 @@ CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_pe
 def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     """A chart of name -> (x, y) points in their order, both axes marked at their ends; "" if there
     is nothing to draw."""
-    lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in lines.items()}
+    lines = {name: finite for name, line in lines.items()
+             if (finite := [p for p in line if all(map(math.isfinite, p))])}
     points = [p for line in lines.values() for p in line]
     if not points:
         return ""
@@ -1296,7 +1297,7 @@ def page(task: Task, title: str, entries: dict[str, dict], dialogues: int = 12) 
     greedy = {name: {p["id"]: p for p in entry["predictions"] if p["mode"] == "greedy"}
               for name, entry in entries.items()}
     some = list(greedy[first].items())
-    for row_id, prediction in some[::max(1, len(some) // dialogues)][:dialogues]:
+    for row_id, prediction in random.Random(0).sample(some, min(dialogues, len(some))):
         parts.append(dialogue_html(task, rows[row_id], prediction, {
             name: told[row_id] for name, told in greedy.items() if row_id in told}))
     latent = {name: entry for name, entry in entries.items()
@@ -1542,7 +1543,9 @@ def main(argv=None):
         summaries[folder] = table
         if args.report:
             first = next(iter(splits.values()))[0]
-            entries[str(folder)] = {
+            names = [other.name for other in map(Path, args.runs)]
+            name = folder.name if names.count(folder.name) == 1 else str(folder)
+            entries[name] = {
                 "predictions": predictions, "log": read_log(folder), "idm": idm_shares(folder),
                 "trace": trace(agent, first, task.max_new_tokens)[1]}
             if [p["id"] for p in predictions] != [p["id"] for p in next(iter(entries.values()))[

@@ -1215,8 +1215,8 @@ def html_table(title: str, table: dict[str, dict]) -> str:
     rows = table_cells(title, table)
     tags = ["th"] + ["td"] * (len(rows) - 1)
     return "<table>" + "".join("<tr>" + "".join(
-        f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(tags, rows)
-    ) + "</table>"
+        f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(tags, rows)) + "</table>"
 
 
 def picture(image, where: str, most: int = 224) -> str:

@@ -546,15 +546,15 @@ class Agent(nn.Module):
 
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
              temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> str:
-        """One answer to one message; `image` is a path or PIL image, `history` earlier turns."""
+        """One answer to one message; `history` are earlier turns, `image` is a path or PIL image,
+        which stands before the message unless an `<image>` says where."""
         if self.policy is None:
             raise UserError("chat: this run has no policy; load an sft-* or rl-* run")
         messages = [{"role": "system", "content": system}] if system else []
-        placed = image is None or "<image>" in message
-        content = message if placed else "<image>" + message
-        row = {"id": "chat", "messages": messages + (history or []) +
-               [{"role": "user", "content": content}],
-               "images": [image] if image is not None else []}
+        messages += [*(history or []), {"role": "user", "content": message}]
+        if image is not None and not any("<image>" in m["content"] for m in messages):
+            messages[-1] = {"role": "user", "content": "<image>" + message}
+        row = {"id": "chat", "messages": messages, "images": [] if image is None else [image]}
         return rollout(self, [self.encoder.encode(row, prompt=True)], 1, max_new_tokens,
                        temperature, [seed]).texts[0]
 

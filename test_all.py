@@ -9,11 +9,13 @@ tests that need them are skipped where they are absent.
 """
 
 import argparse
+import base64
 import copy
 import csv
 import functools
 import gzip
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -31,6 +33,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -1776,7 +1779,7 @@ def roll(space="latent", stop=40):
     """A rollout of ROWS, 3 answers each; `stop` makes that many tokens end the turn."""
     agent = copy.copy(tiny_agent(space))
     agent.encoder = copy.copy(agent.encoder)
-    agent.encoder.stop_ids = torch.arange(1, 400, 400 // stop) if stop else torch.tensor([2])
+    agent.encoder.stop_ids = torch.arange(1, 400, 400 // stop) if stop else torch.tensor([-1])
     return agent, rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7])
 
 
@@ -2604,18 +2607,22 @@ def test_evaluation_draws_are_keyed_by_the_row():
     agent, rows = roll()[0], [*ROWS, row("What do you see?", row_id="a"),
                               row("What do you see?", row_id="b")]
     def answers(rows, seed=1, tokens_at_once=2 ** 20):
-        groups, counts = tasks.generate(agent, rows, 1.0, 4, 10, seed, tokens_at_once)
-        return {r["id"]: group for r, group in zip(rows, groups, strict=True)}, counts
-    every, counts = answers(rows)
-    assert all(len(group) == 4 for group in every.values())
-    for again, counts_again in (answers(rows[::-1]), answers(rows, tokens_at_once=1)):
-        assert again == every and torch.equal(counts_again, counts)     # fails if keyed by place
+        groups = tasks.generate(agent, rows, 1.0, 4, 10, seed, tokens_at_once)
+        return {r["id"]: group for r, group in zip(rows, groups, strict=True)}
+    every, decode = answers(rows), agent.encoder.tokenizer.decode
+    for group in every.values():
+        assert len(group) == 4
+        for answer in group:
+            assert len(answer["tokens"]) == len(answer["actions"])
+            assert decode(answer["tokens"]).startswith(answer["text"])
+    for again in (answers(rows[::-1]), answers(rows, tokens_at_once=1)):
+        assert again == every                       # fails if keyed by place
     for some in (rows[:1], rows[1:4], [rows[4], rows[2]]):
-        assert answers(some)[0] == {r["id"]: every[r["id"]] for r in some}
+        assert answers(some) == {r["id"]: every[r["id"]] for r in some}
     assert every["a"] != every["b"]                 # the same text: fails if the id is no key
-    assert all(group != every[name] for name, group in answers(rows, 2)[0].items())
-    greedy = tasks.generate(agent, rows[3:], 0.0, 2, 10, 1, 2 ** 20)[0]
-    assert len({text for group in greedy for text in group}) == 1
+    assert all(group != every[name] for name, group in answers(rows, 2).items())
+    greedy = tasks.generate(agent, rows[3:], 0.0, 2, 10, 1, 2 ** 20)
+    assert len({answer["text"] for group in greedy for answer in group}) == 1
 
 
 def finished_run(root, *flags, max_new_tokens=5) -> Path:
@@ -2645,8 +2652,8 @@ def expected(folder, temperature, n, max_new_tokens, split="id", seed=0, **more)
     agent = Agent.from_run(folder, "cpu")
     agent.min_p = more.get("min_p", agent.min_p)
     rows = file_task(folder.parent.parent / "task.jsonl").splits[split]
-    groups, _ = tasks.generate(agent, rows, temperature, n, max_new_tokens, seed, 2 ** 14)
-    return {r["id"]: group for r, group in zip(rows, groups)}
+    groups = tasks.generate(agent, rows, temperature, n, max_new_tokens, seed, 2 ** 14)
+    return {r["id"]: [answer["text"] for answer in group] for r, group in zip(rows, groups)}
 
 
 def test_an_evaluation_is_under_the_runs_own_limits_and_temperature(tmp_path, capsys):
@@ -2721,6 +2728,174 @@ def test_rl_evaluates_before_and_after_under_its_own_limits_and_temperature(tmp_
     scores = [fake_score(f"<answer>\n{answer}\n</answer>") / 10
               for group in expected(folder, 0.6, 4, 7).values() for answer in group]
     close(report["id sampled"]["before"], sum(scores) / len(scores), 1e-3)
+    page = (run / "report.html").read_text()        # before and after, from the answers it has
+    assert "gain, before to after" in page and "reward_mean</text>" in page and "Codes" in page
+    for answer, in expected(folder, 0.0, 1, 7).values():
+        assert page.count(html.escape(answer)) >= 2
+
+
+# What a person looks at.
+
+
+@pytest.mark.parametrize("space", ["latent", "token"])
+def test_a_trace_tells_what_each_action_and_its_runner_ups_would_have_given(space):
+    """Held against the policy with that action forbidden, at the first token and a later one."""
+    agent = shake(copy.deepcopy(tiny_agent(space)), 0.1)
+    text, steps = tasks.trace(agent, ROWS[0], 8, temperature=1.0, seed=3)
+    again = tasks.generate(agent, [ROWS[0]], 0.0, 1, 8, 0, 2 ** 14)[0][0]
+    assert "".join(s["token"] for s in steps).startswith(text) and len(steps) <= 8
+    greedy, steps = tasks.trace(agent, ROWS[0], 8)
+    assert greedy == again["text"] and [s["action"] for s in steps] == again["actions"]
+    head, first = agent.policy.head, steps[0]
+    assert all(s["p"] >= s["others"][0][1] >= s["others"][1][1] > 0 for s in steps)
+    if space == "latent":
+        n = len(head.weight)
+        close(sum(p for _, p, _ in tasks.trace(agent, ROWS[0], 8, top=n)[1][0]["others"])
+              + first["p"], 1, 1e-5)
+        head.bias.data[first["action"]] = -math.inf
+        other = tasks.trace(agent, ROWS[0], 8)[1][0]
+        assert (other["action"], other["token"]) == (first["others"][0][0], first["others"][0][2])
+
+
+def test_information_by_hand():
+    close(tasks.information([(0, "x"), (0, "x"), (1, "y"), (1, "y")]), 1)
+    close(tasks.information([(0, "x"), (0, "y"), (1, "x"), (1, "y")]), 0)
+    # H(a) = ln 2, H(a, b) = H(b) + the undecided half: 1/2 ln 2 given x, nothing given y, z
+    close(tasks.information([(0, "x"), (1, "x"), (0, "y"), (1, "z")]), 0.5)
+    close(tasks.information([(0, "x"), (0, "y")]), 0)       # one code has nothing to explain
+
+
+def test_the_atlas_by_hand():
+    rows = {"r": {"id": "r", "persona": "Zed"}, "s": {"id": "s", "persona": "Orla"}}
+    found = tasks.atlas([
+        {"id": "r", "tokens": ["Beep", " boop", ".", " I", " see", "!"], "codes": [1, 1, 0, 0, 2, 0]},
+        {"id": "s", "tokens": ["Hello", "."], "codes": [2, 0]}, {"id": "s", "tokens": []}], rows)
+    assert list(found["codes"]) == [0, 1, 2]                # by use
+    zero, one, two = found["codes"].values()
+    assert (zero["share"], one["share"], two["share"]) == (4 / 8, 2 / 8, 2 / 8)
+    assert zero["tokens"] == [(".", 2 / 4), (" I", 1 / 4), ("!", 1 / 4)]
+    assert zero["persona"] == [("Zed", 3 / 4)] and one["place"] == [("begin", 1.0)]
+    assert one["contexts"] == ["[Beep]", "Beep[ boop]"] and two["contexts"][0] == "Beep boop. I[ see]"
+    assert one["role"] == [("own", 1.0)] and two["role"] == [("neutral", 1.0)]
+    # Tokens leave nothing open but "." , which is code 0 alone: word 1. Roles of what has one:
+    # "Beep", " boop" own, " see", "Hello" neutral, "." is in many phrases and "!" in others'.
+    close(found["word"], 1)
+    assert 0 <= found["role"] <= 1
+    assert tasks.atlas([{"id": "s", "tokens": []}], rows)["codes"] == {}
+
+
+def test_gains_by_group_by_hand():
+    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
+    rows = {"a": {"persona": "Zed", "question": ("all", None)}, "b": {"persona": "Zed", "group": "g"}}
+    def of(*scores):
+        return [{"id": name, "replies": [f"d: [Scores]: ({s}, 10)" for s in some]}
+                for name, some in zip("ab", scores)]
+    assert tasks.gains_by_group(task, of((2, 4), (6, 6)), of((4, 8), (9, 7)), rows) == {
+        "Zed": {"before": pytest.approx(0.45), "after": pytest.approx(0.7), "prompts": 2},
+        "all": {"before": pytest.approx(0.3), "after": pytest.approx(0.6), "prompts": 1},
+        "g": {"before": pytest.approx(0.6), "after": pytest.approx(0.8), "prompts": 1}}
+
+
+def test_a_chart_by_hand():
+    svg = tasks.svg_lines("<title>", {"a&b": [(0, 1.0), (10, 3.0), (5, math.nan)], "nothing": []})
+    assert 'points="45.0,140.0 305.0,26.0"' in svg and "nothing" not in svg
+    assert "&lt;title&gt;" in svg and "a&amp;b" in svg and svg.count("<circle") == 2
+    assert tasks.svg_lines("t", {"a": [(math.nan, 1)]}) == "" == tasks.svg_lines("t", {})
+    assert tasks.svg_lines("t", {"a": [(1, 1)]}).count("45.0,140.0") == 1       # a single point
+
+
+class Tags(HTMLParser):
+    """Open tags are closed in turn; every address is inside the page."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.words = [], Counter(), []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.seen[tag] += 1
+        assert not any(name.startswith("on") for name, _ in attributes)
+        assert all(value.startswith("data:image/jpeg;base64,") for name, value in attributes
+                   if name in ("src", "href", "action", "xlink:href"))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen[tag] += 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+NASTY = '<script>alert("x")</script> & \u0634\u0643\u0631\u0627 </table><img src=x onerror=y>'
+
+
+@pytest.mark.parametrize("prompts", [0, 1, 30])
+@pytest.mark.parametrize("runs", [1, 2, 6])
+def test_the_page_is_whole_escaped_and_self_contained(prompts, runs):
+    rows = [row(f"<image>{NASTY}" if n % 2 else NASTY, NASTY, [picture()] * (n % 2), f"{n}{NASTY}")
+            | {"reference": NASTY, "persona": NASTY, "group": NASTY} for n in range(prompts)]
+    task = tasks.Task("t", (NASTY,), (0, 1), {"id": rows}, None, 9)
+    reply = f"{NASTY}: [Scores]: (5, 10)"
+    assert task.reward(reply) == 0.5
+    def entry(n):
+        return {"predictions": [{
+            "id": r["id"], "split": "id", "mode": mode, "prompt": r["messages"][:-1],
+            "answers": [NASTY] * k, "reference": NASTY, "replies": [reply, None, "broken"][-k:],
+            "scores": [task.scores(text) for text in [reply, None, "broken"][-k:]],
+            "tokens": [NASTY, "x"], "codes": [3, n], "diversity": 1.5}
+            for mode, k in (("greedy", 1), ("sampled", 3)) for r in rows],
+            "log": [{"step": s, "reward_mean": None if s == 1 else s / 9} for s in range(5)],
+            "idm": {"text": {0: 0.25, 3: 0.75}}, "trace": [
+                {"token": NASTY, "action": 3, "p": 0.5, "others": [(1, 0.25, NASTY)]}]}
+    page = tasks.page(task, NASTY, {f"{n}{NASTY}": entry(n) for n in range(runs)})
+    tags = Tags(page)
+    assert tags.seen["script"] == 0 and tags.seen["svg"] == 1 + bool(prompts)
+    shown = random.Random(0).sample(rows, min(12, prompts))
+    assert tags.seen["img"] == sum(len(r["images"]) for r in shown) and len(page) < 4 * 2 ** 20
+    assert any(NASTY in data for data in tags.words)
+    assert bool(prompts) == ("the token explains" in page)
+
+
+def test_a_picture_in_the_page_is_small():
+    big = Image.effect_noise((3000, 2000), 100).convert("RGB")
+    data = tasks.picture(big, "x").split("base64,")[1].split('"')[0]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (224, 149)
+
+
+def test_one_talks_to_a_run_and_bans_or_forces_its_codes(tmp_path, capsys, monkeypatch):
+    folder = finished_run(tmp_path)
+    picture().save(tmp_path / "p.png")
+    def talked(*flags, said=("Hello?", "And now?")):
+        lines = iter(said)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, ""))
+        tasks.main([str(folder), "--chat", "--device", "cpu", "--max-new-tokens", "6", *flags])
+        return capsys.readouterr().out
+    out = talked("--show-codes", "--image", str(tmp_path / "p.png"), "--system", "Be brief.")
+    answers = re.findall(r"^agent: (.*)", out, re.M)
+    assert len(answers) == 2
+    agent = Agent.from_run(folder, "cpu")
+    history, image = [], Image.open(tmp_path / "p.png")
+    for turn, (said, answer) in enumerate(zip(("<image>Hello?", "And now?"), answers)):
+        want = agent.chat(said, image, "Be brief.", history, max_new_tokens=6)
+        assert want.splitlines()[:1] == answer.splitlines()[:1]
+        history += [{"role": "user", "content": said}, {"role": "assistant", "content": want}]
+    def codes(out):
+        return set(map(int, re.findall(r"^ +(\d+) \d\.\d\d  '", out, re.M)))
+    taken = codes(out)
+    assert taken and taken <= set(range(16))
+    banned = map(str, taken)
+    assert not codes(talked("--show-codes", "--ban", *banned)) & taken
+    assert codes(talked("--show-codes", "--force", "3", "7")) <= {3, 7}
+    assert codes(talked("--show-codes")) == codes(talked("--show-codes")) and not codes(talked())
+    for flags in (["--ban", "16"], ["--force", "-1"], ["--ban", *map(str, range(16))]):
+        with pytest.raises(UserError, match="has 16 codes, counted from 0, of which one must be"):
+            talked(*flags)
+    with pytest.raises(UserError, match="one with --chat"):
+        tasks.main([str(folder), str(folder), "--chat"])
 
 
 def test_an_unusable_row_of_a_task_is_named_before_anything_is_rolled_out(tmp_path):
@@ -2757,7 +2932,7 @@ def test_a_latent_agents_codes_choose_tokens_above_the_backbones_floor_alone():
         for agent.min_p, keeps in ((edge * 0.9999, True), (edge * 1.0001, False)):
             logits = agent.next_token_logits(states, actions)
             kept = share >= agent.min_p
-            assert kept[n].sum() >= k and bool(kept[n][share[n] == edge].all()) == keeps
+            assert kept[n].sum() >= 0.9 * k and bool(kept[n][share[n] == edge].all()) == keeps
             assert torch.equal(logits, free.masked_fill(~kept, -math.inf))
     agent.min_p = 1.0                               # the backbone's best alone
     assert torch.equal(agent.next_token_logits(states, actions).argmax(-1), p.argmax(-1))
@@ -2786,9 +2961,9 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
     mini_ = tasks.identity(args, "paired", "text", "task")
     assert mini_ == {"codes": 64, "idm_layers": 2, "policy_layers": 2, "no_text": False,
                      "no_projector": False, "no_cycle": False, "image_tokens": "4",
-                     "paired": "mini 1", "text": "mini 1", "task": "mini 1"}
+                     **dict.fromkeys(("paired", "text", "task"), f"mini {tasks.MINI_VERSION}")}
     assert "task" not in tasks.identity(args, "paired", "text")
-    monkeypatch.setattr(tasks, "MINI_VERSION", 2)
+    monkeypatch.setattr(tasks, "MINI_VERSION", 0)
     assert {k for k, v in tasks.identity(args, "paired", "text", "task").items()
             if v != mini_[k]} == {"paired", "text", "task"}
     for flags in (["--paired", "p.jsonl"], ["--model", "other"]):       # none, so not mini's
@@ -3215,7 +3390,7 @@ def test_the_first_ratio_of_every_token_is_exactly_one(monkeypatch, space, dtype
     agent = copy.deepcopy(tiny_agent(space))
     agent.backbone.to(dtype)
     agent.train_only()
-    agent.policy.float()
+    shake(agent.policy.float(), 0.1)
     r, rewards = rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7]), torch.tensor(
         [[0.1, 0.9, 0.4], [0.5, 0.2, 0.7], [0.2, 0.3, 0.2]])
     def figures(*flags, **more):

@@ -1114,7 +1114,7 @@ def trace(agent: Agent, row: dict, max_new_tokens: int, temperature: float = 0.0
 def information(pairs: list[tuple]) -> float:
     """I(a; b) / H(a): the share of a's entropy that b explains, from counted pairs, 0 to 1."""
     def entropy(counts):
-        p = np.array(list(counts.values())) / len(pairs)
+        p = np.array(list(counts.values())) / max(1, len(pairs))
         return float(-(p * np.log(p)).sum())
     H_a, H_b, H_ab = map(entropy, (Counter(a for a, _ in pairs), Counter(b for _, b in pairs),
                                    Counter(pairs)))
@@ -1135,7 +1135,8 @@ def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
     {"codes": code -> {"share" of all tokens, "tokens" it chose most, "contexts" (the words before
     and the token), "persona", "place" (begin, middle, end) and "role" it is most often taken for,
     each with its share of the code's uses}, "word": share of the codes' entropy that the
-    token explains (1: a code is a list of words), "role": the same of the token's role}.
+    token explains (1: a code is a list of words), "role": the same of the role of those tokens
+    that have one}.
     """
     uses = defaultdict(list)
     for p in predictions:
@@ -1156,7 +1157,8 @@ def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
                                 for name in ("persona", "place", "role")}}
                       for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1]))},
             "word": information([(code, use["tokens"]) for code, use in every]),
-            "role": information([(code, use["role"]) for code, use in every])}
+            "role": information([(code, use["role"]) for code, use in every
+                                 if use["role"] != "plain"])}
 
 
 def gains_by_group(task: Task, before: list[dict], after: list[dict],
@@ -1172,14 +1174,17 @@ def gains_by_group(task: Task, before: list[dict], after: list[dict],
             for group, pairs in parts.items() if group}
 
 
-STYLE = """:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif;
-max-width: 66rem; margin: auto; padding: 1rem } table { border-collapse: collapse; display: block;
-overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums } td, th { padding: .1rem .6rem; text-align:
-right; border-bottom: 1px solid #8884; white-space: pre } td:first-child, th:first-child {
-text-align: left } .row { display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem 0; border-top:
-1px solid #8884 } .row > div { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere } img { width:
-8rem; height: max-content } small { opacity: .7 } svg { max-width: 100% } summary { cursor: pointer
-}"""
+STYLE = """:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: auto; padding: 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
+td, th { padding: .1rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: pre }
+td:first-child, th:first-child { text-align: left }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem 0; border-top: 1px solid #8884 }
+.row > div { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere }
+img { width: 8rem; height: max-content }
+small { opacity: .7 }
+svg { max-width: 100% }
+summary { cursor: pointer }"""
 LINES = ("#4c78d8", "#e8903a", "#3f9d58", "#c9504f", "#8d62c0", "#7f7f7f")
 CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_perplexity")
 

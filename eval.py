@@ -408,7 +408,8 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
     personas = casting()["familiar"] if kind == "paired" else PERSONAS
     for i in range(n):
         row_id, persona = f"{kind}-{seed}-{i}", personas[i % len(personas)]
-        asks = [*QUESTIONS, "who"] if kind == "text" else [*QUESTIONS]
+        # "cell" takes the base longest to learn: it must find what is asked for.
+        asks = [*QUESTIONS, *{"text": ["who"], "base": ["cell"]}.get(kind, ())]
         ask = asks[i // len(personas) % len(asks)]
         if kind == "caption":
             scene = draw_scene(rng, "train")

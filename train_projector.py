@@ -40,7 +40,7 @@ DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 204
 # Stage 0, found on validation prompts: (phase, steps, Muon's lr, AdamW's lr). The last phase is
 # gentle, or dialogue undoes the grounding that alignment and captions have taught.
 BASE_PHASES = (("align", 250, 0.02, 3e-3), ("caption", 120, 0.02, 2e-3),
-               ("dialogue", 500, 0.01, 2e-3))
+               ("dialogue", 600, 0.01, 2e-3))
 BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
              "dialogue": {"base": 8192, "text": 4096, "caption": 512}}
 BASE_TOKENS = 2048

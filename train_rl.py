@@ -28,9 +28,9 @@ from pathlib import Path
 import eval as tasks
 import train_bc
 from model import (Agent, Rollout, Run, UserError, action_statistics, all_sum, count, fill,
-                   folder_of, format_table, gather, key_seed, launch, make_parser, optimizer_step,
-                   positive, predecessor, rank, replay, rollout, say, split_prompts, within,
-                   world_size)
+                   folder_of, format_table, gather, key_seed, launch, make_parser, model_root,
+                   optimizer_step, positive, predecessor, rank, replay, rollout, say, split_prompts,
+                   within, world_size)
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ ALGORITHMS = {
 }
 DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4}, "full": {"steps": 100, "lr": 1e-6}},
             "token": {"tiny": {"steps": 80, "lr": 2.5e-4}, "full": {"steps": 100, "lr": 1e-6}}}
+# Of the default run on two CPU cores: what a fresh start has before it.
+MINUTES = {"base": 3, "projector": 0.4, "idm": 1.5, "bc": 1, "sft": 0.5, "rl": 1.5}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
@@ -434,6 +436,19 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
             **(tasks.code_usage(every("actions").sum(0)) if space == "latent" else {})}
 
 
+def plan(args, warm_start: str) -> str:
+    """The stages of a run on the embedded default: what is there, what is to be run and how long
+    that takes."""
+    stages = {"base": model_root(args) / "base", "sft": folder_of(args, warm_start)}
+    if args.action_space == "latent":
+        names = ("idm", "bc") if args.no_projector else ("projector", "idm", "bc")
+        stages = {"base": stages["base"], **{name: folder_of(args, name) for name in names},
+                  "sft": stages["sft"]}
+    told = [f"{name} ({'there' if (folder / 'model.safetensors').exists() else MINUTES[name]})"
+            for name, folder in stages.items()]
+    return f"plan, in minutes on two cores: {' -> '.join(told)} -> rl ({MINUTES['rl']})"
+
+
 def main(argv=None):
     args = arguments().parse_args(argv)
     fill(args, DEFAULTS[args.action_space])
@@ -444,9 +459,10 @@ def main(argv=None):
         args.splits = ["id", "ood"] if args.model == "tiny" else ["valid"]
     if not task.splits["rl"]:                 # what is wrong with the task comes first
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
-    parent = predecessor(args, identity, train_bc.stage_of(
-        "token" if args.action_space == "token" else "clone", args.task), train_bc,
-        "--action-space", args.action_space)
+    warm_start = train_bc.stage_of("token" if args.action_space == "token" else "clone", args.task)
+    if args.model == "tiny" and not args.parent:
+        say(plan(args, warm_start))
+    parent = predecessor(args, identity, warm_start, train_bc, "--action-space", args.action_space)
     if args.model == "tiny":
         torch.set_num_threads(1)              # single tokens of this size only lose time to threads
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
@@ -514,6 +530,8 @@ def main(argv=None):
             log=tasks.read_log(run.folder), idm=tasks.idm_shares(parent))
         tasks.write_page(run.folder / "report.html", tasks.page(task, run.folder.name, entries))
     run.finish(**modules)
+    say(f"next: python eval.py {run.folder} --chat, or with other runs and --report page.html to "
+        "compare them")
 
 
 if __name__ == "__main__":

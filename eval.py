@@ -1366,9 +1366,10 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
 
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
     places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
-    texts -> (N, d)) are taken within a prompt's answers. Failed judgements are left out
-    and counted. Rank 0 calls the judge: its replies reach all ranks. In latent space a prediction
-    holds the `tokens` and `codes` of its first answer, from which `atlas` tells what codes do.
+    texts -> (N, d)) are taken within a prompt's answers; word as in `atlas`. Failed judgements are
+    left out and counted. Rank 0 calls the judge: its replies reach all ranks. In latent space a
+    prediction holds the `tokens` and `codes` of its first answer, from which `atlas` tells what
+    codes do.
     """
     table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
     for split, rows in splits.items():
@@ -1394,8 +1395,9 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
                                         **summarise(task, predictions[-len(rows):])}
             if agent.space == "latent":
                 taken = [a for group in answers for answer in group for a in answer["actions"]]
-                table[f"{split} {mode}"] |= code_usage(torch.bincount(
-                    torch.tensor(taken), minlength=agent.structure["codes"]))
+                found = atlas(predictions[-len(rows):], {row["id"]: row for row in rows})
+                table[f"{split} {mode}"] |= {"word": found["word"], **code_usage(torch.bincount(
+                    torch.tensor(taken), minlength=agent.structure["codes"]))}
     return table, predictions
 
 

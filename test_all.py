@@ -2768,14 +2768,16 @@ def test_information_by_hand():
 def test_the_atlas_by_hand():
     rows = {"r": {"id": "r", "persona": "Zed"}, "s": {"id": "s", "persona": "Orla"}}
     found = tasks.atlas([
-        {"id": "r", "tokens": ["Beep", " boop", ".", " I", " see", "!"], "codes": [1, 1, 0, 0, 2, 0]},
+        {"id": "r", "tokens": ["Beep", " boop", ".", " I", " see", "!"],
+         "codes": [1, 1, 0, 0, 2, 0]},
         {"id": "s", "tokens": ["Hello", "."], "codes": [2, 0]}, {"id": "s", "tokens": []}], rows)
     assert list(found["codes"]) == [0, 1, 2]                # by use
     zero, one, two = found["codes"].values()
     assert (zero["share"], one["share"], two["share"]) == (4 / 8, 2 / 8, 2 / 8)
     assert zero["tokens"] == [(".", 2 / 4), (" I", 1 / 4), ("!", 1 / 4)]
     assert zero["persona"] == [("Zed", 3 / 4)] and one["place"] == [("begin", 1.0)]
-    assert one["contexts"] == ["[Beep]", "Beep[ boop]"] and two["contexts"][0] == "Beep boop. I[ see]"
+    assert one["contexts"] == ["[Beep]", "Beep[ boop]"]
+    assert two["contexts"][0] == "Beep boop. I[ see]"
     assert one["role"] == [("own", 1.0)] and two["role"] == [("neutral", 1.0)]
     # Tokens leave nothing open but "." , which is code 0 alone: word 1. Roles of what has one:
     # "Beep", " boop" own, " see", "Hello" neutral, "." is in many phrases and "!" in others'.
@@ -2786,7 +2788,8 @@ def test_the_atlas_by_hand():
 
 def test_gains_by_group_by_hand():
     task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
-    rows = {"a": {"persona": "Zed", "question": ("all", None)}, "b": {"persona": "Zed", "group": "g"}}
+    rows = {"a": {"persona": "Zed", "question": ("all", None)},
+            "b": {"persona": "Zed", "group": "g"}}
     def of(*scores):
         return [{"id": name, "replies": [f"d: [Scores]: ({s}, 10)" for s in some]}
                 for name, some in zip("ab", scores)]

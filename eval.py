@@ -472,7 +472,8 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 PHRASES = {slot: {phrase: tokens(phrase) for phrase in OWNERS[slot]} for slot in SLOTS}
-WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}
+PLAIN = tokens(" ".join((*CELLS, *NUMBERS, *OBJECTS, ". , ! : a I in all and the shapes")))
+WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}.difference(PLAIN)
          for p in [NEUTRAL, *PERSONAS]}
 
 

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -45,6 +46,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import eval as tasks
@@ -4264,6 +4268,61 @@ def test_chain_workers_end_when_their_torchrun_is_gone(chain, recorded):
     assert not workers()
 
 
+# The memory plan, held against what is counted.
+
+
+def test_the_plans_backbones_have_the_published_numbers_of_parameters():
+    for shape, billions in (("3b", 3.754622976), ("7b", 8.292166656)):
+        with torch.device("meta"):
+            base = Qwen2_5_VLForConditionalGeneration._from_config(shape_config(shape))
+        close(sum(p.numel() for p in base.parameters()) / 1e9, billions, 0.01 * billions)
+
+
+def counted(stage, tokens_at_once, group, prompts, prompt_tokens, new):
+    """Peak GB of all tensors of a real step of `medium` in fp32, from building the model on."""
+    with AliveBytes() as alive:
+        agent = benchmark_agent("medium", "cpu")
+        if stage == "idm":
+            agent.policy = None
+            names = ("projector", "idm", "codebook", "world")
+            rows = [{**benchmark_row(agent, 512, image=False), "id": str(n)}
+                    for n in range(tokens_at_once // 512)]
+            batch = agent.encoder.collate([agent.encoder.encode(r) for r in rows])
+        else:
+            agent.idm, names = None, ("policy",)
+            row_ = benchmark_row(agent, prompt_tokens, image=False)
+            examples_ = [agent.encoder.encode(row_, prompt=True) for _ in range(prompts)]
+            reference = copy.deepcopy(agent.policy)
+        params = [p for m in agent.train_only(*names).values() for p in m.parameters()]
+        optimizer = torch.optim.AdamW(params)
+        for _ in range(2):                          # in the second the moments exist
+            if stage == "idm":
+                with torch.no_grad():
+                    e = agent.embeddings(batch)
+                    states = agent.project(e, batch.has_image)
+                noise = torch.zeros(*batch.tokens.shape, 128)
+                losses = train_idm.inverse_losses(agent, batch, states, noise)[:2]
+                loss = sum(map(torch.sum, losses)) + sum(stage1.projector_losses(
+                    agent, batch, e, cycle=True).values())
+            else:
+                r = rollout(agent, examples_, group, new, 1.0, list(range(prompts)))
+                per = max(1, tokens_at_once // (prompt_tokens + group * new))
+                some = r.select(list(range(min(per, prompts))))
+                h = replay(agent.policy, some)[some.mask]
+                loss = action_statistics(agent.policy, h, some.actions[some.mask])[0].sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return alive.peak / 1e9
+
+
+@pytest.mark.parametrize("stage", ["idm", "rl latent, update"])
+def test_the_memory_plan_is_what_is_counted(stage):
+    options = dict(tokens_at_once=2048, group=8, prompts=2, prompt_tokens=256, new=64)
+    planned = memory_plan("medium", **options, dtype=torch.float32)[stage]["total"]
+    assert planned == pytest.approx(counted(stage, **options), rel=0.15)
+
+
 # ---- python test_all.py --benchmark [SHAPE]: speed against what a user would otherwise run -----
 
 SHAPES = {      # width, layers, heads, kv heads, MLP width, vocabulary, vision depth, vision width
@@ -4275,26 +4334,29 @@ SHAPES = {      # width, layers, heads, kv heads, MLP width, vocabulary, vision 
 G, NEW, IMAGE_TOKENS, PROMPT = 8, 64, 150, 256
 
 
-def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
-    """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
+def shape_config(shape, ids=lambda token: 0, vocab=None) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of that shape; 3b and 7b are the hub's."""
     width, layers, heads, kv_heads, mlp, own_vocab, depth, vision = SHAPES[shape]
-    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
     half = width // heads // 2
-    ids = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=vocab or own_vocab, bos_token_id=0, eos_token_id=2, hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            max_position_embeddings=32_768, rope_parameters={
+            intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=32_768, rope_parameters={
                 "rope_type": "default", "rope_theta": 1e6,
                 "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}),
-        vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=vision * 8 // 3,
-                           num_heads=4 if vision < 1280 else 16, out_hidden_size=width,
-                           fullatt_block_indexes=[depth - 1]),
+        vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=3420 if vision == 1280
+                           else vision * 8 // 3, num_heads=4 if vision < 1280 else 16,
+                           out_hidden_size=width, fullatt_block_indexes=[depth - 1]),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True)
+        tie_word_embeddings=shape != "7b")
+
+
+def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
+    """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
+    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
+    config = shape_config(shape, tokenizer.convert_tokens_to_ids, vocab)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
@@ -4551,10 +4613,184 @@ def benchmark(shape="medium", device="cpu", part=None):
     return table
 
 
+# ---- python test_all.py --memory SHAPE: will it fit? -------------------------------------------
+
+CARDS = (24, 48, 80, 141)           # GB; a tenth stays free
+
+
+class AliveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators have made and that are still alive, and their peak: of
+    real tensors, or of fake ones, which have sizes and take no memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def freed(self, size):
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+
+def peak_of(function, dtype, *modules) -> int:
+    """Peak bytes that a forward pass makes, with the backward pass if it has one, less the
+    gradients of `modules`, which the plan counts by formula."""
+    with AliveBytes() as alive, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out = function()
+        if out.requires_grad:
+            out.float().sum().backward()
+    gradients = sum(p.grad.nbytes for m in modules for p in m.parameters() if p.grad is not None)
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+    return max(0, alive.peak - gradients)
+
+
+def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1024, new=1024,
+                dtype=torch.bfloat16, codes=128, idm_layers=4, policy_layers=8) -> dict[str, dict]:
+    """Peak GB of every stage on one card, by what takes it: stage -> figures.
+
+    Weights, gradients, AdamW's moments, copies, caches and kept states by formula; what the trained
+    stacks keep for their backward pass from a run of the stages' own losses on fake tensors."""
+    config, word = shape_config(shape), dtype.itemsize
+    text, N = config.text_config, tokens_at_once
+    width, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
+    with FakeTensorMode():
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+        base.requires_grad_(False)
+        m = {"projector": Projector(width), "idm": CausalStack(text, idm_layers, codes),
+             "codebook": nn.Embedding(codes, width),
+             "world": WorldModel(width, text.intermediate_size),
+             "policy": CausalStack(text, policy_layers, codes),
+             "token policy": CausalStack(text, min(policy_layers, layers), vocab)}
+        rows = max(1, N // 512)                     # a corpus micro-batch: rows of 512 tokens
+        states = torch.zeros(rows, N // rows, width, dtype=dtype)
+        flat, targets = states.view(1, -1, width), torch.zeros(N - 1, dtype=torch.long)
+        agent = SimpleNamespace(**m, backbone=base, token_bias=torch.zeros(vocab), autocast=lambda:
+                                torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+
+        def as_rows(stack, layer_norm_input):       # attention over rows, the rest over tokens
+            return stack(layer_norm_input, kit.text_positions(layer_norm_input))
+        agent.idm_logits = lambda s: as_rows(m["idm"], states).view(1, -1, codes)[:, 1:]
+        agent.policy = lambda s, positions: as_rows(m["policy"], states).view(1, -1, codes)
+        agent.states = lambda batch: flat
+        batch = SimpleNamespace(labelled=lambda: (0, targets))      # every token of one flat row
+
+        def token_head():
+            stack = m["token policy"]
+            h = stack.hidden(states, kit.text_positions(states)).view(-1, width)
+            return token_logprobs(stack.head, h[1:], targets, agent.token_bias)
+
+        def updated(stack, bias=None):
+            per = min(prompts, max(1, N // (prompt_tokens + group * new)))
+            n = per * group
+            r = kit.Rollout([], *torch.zeros(2, n, new, dtype=torch.long), torch.zeros(n, new),
+                            torch.ones(n, new, dtype=torch.bool), torch.ones(n),
+                            torch.zeros(n, new, width, dtype=dtype),
+                            torch.zeros(3, n, new, dtype=torch.long),
+                            torch.zeros(per, prompt_tokens, width, dtype=dtype),
+                            torch.zeros(3, per, prompt_tokens, dtype=torch.long),
+                            torch.ones(per, prompt_tokens, dtype=torch.bool), group)
+            h = replay(stack, r).flatten(0, 1)
+            return action_statistics(stack, h, r.actions.flatten(), 1.0, bias)[0]
+
+        layer = base.model.language_model.layers[-1:]
+        with torch.no_grad():                       # one frozen layer at a time
+            frozen = peak_of(lambda: kit.run_layers(
+                layer, states, base.model.language_model.rotary_emb,
+                kit.text_positions(states)), dtype)
+        e = torch.zeros(N, width)
+        held = {                                    # activations of the trained stacks
+            "projector": peak_of(lambda: stage1.paired_loss(m["projector"], e, e), dtype,
+                                 m["projector"]),
+            "idm": peak_of(lambda: train_idm.inverse_losses(
+                agent, batch, flat, torch.zeros(1, N, codes))[0], dtype, *m.values()),
+            "bc": peak_of(lambda: train_bc.code_losses(agent, batch, merge=False)[0], dtype,
+                          *m.values()),
+            "sft": peak_of(lambda: sum(train_bc.code_losses(agent, batch, merge=True)[:2]), dtype,
+                           *m.values()),
+            "sft token": peak_of(token_head, dtype, m["token policy"]),
+            "rl": peak_of(lambda: updated(m["policy"]), dtype, m["policy"]),
+            "rl token": peak_of(lambda: updated(m["token policy"], agent.token_bias), dtype,
+                                m["token policy"])}
+        release = [base.model.visual, base.model.language_model.layers[-policy_layers:],
+                   base.model.language_model.norm, base.model.language_model.embed_tokens]
+        size = {name: sum(p.numel() for p in module.parameters()) for name, module in m.items()}
+        size["base"] = sum(p.numel() for p in base.parameters())
+        size["release"] = sum(p.numel() for module in release for p in module.parameters())
+
+    # Bytes a layer keeps of a token: keys and values.
+    pair = 2 * text.num_key_value_heads * (width // text.num_attention_heads) * word
+    part = min(prompts, max(1, N // (group * (prompt_tokens + new))))       # prompts a rollout
+    cache = pair * part * (prompt_tokens + group * (prompt_tokens + new))
+    kept = prompts * (prompt_tokens + group * new) * width * word
+    table = {}
+
+    def stage(name, trained, others=(), gradients=True, **more):
+        n = sum(size[one] for one in trained)
+        parts = {"weights": 4 * n + word * sum(size[one] for one in ("base", *others)),
+                 "gradients": 4 * n * gradients, "AdamW": 8 * n, **more}
+        table[name] = {what: value / 1e9 for what, value in parts.items()}
+        total = table[name]["total"] = sum(table[name].values())
+        table[name]["card"] = next((f"{card} GB" for card in CARDS if total <= 0.9 * card), "none")
+    stage("projector", ("projector",), states=3 * N * width * word + 2 * N * width * 4,
+          activations=max(held["projector"], frozen))
+    latent = ("idm", "codebook", "world")
+    stage("idm", (*latent, "projector"), states=3 * N * width * word,
+          activations=max(held["idm"] + held["projector"], frozen))
+    stage("bc", ("policy",), (*latent, "projector"), states=2 * N * width * word,
+          activations=max(held["bc"], frozen))
+    stage("sft latent", ("policy", "world"), ("idm", "codebook", "projector"),
+          states=2 * N * width * word, activations=max(held["sft"], frozen))
+    stage("sft token", ("token policy",), states=2 * N * width * word,
+          activations=max(held["sft token"], frozen))
+    # The release's way: backbone in fp32, its vision tower and last layers train. A vision block
+    # keeps about eight widths and four MLP widths of each patch, four patches a token.
+    seen = config.vision_config
+    blocks = seen.depth * 4 * (N // 2) * (8 * seen.hidden_size + 4 * seen.intermediate_size) * word
+    stage("sft release", ("release",), latent, base=(4 - word) * size["base"] - 4 * size["release"],
+          states=2 * N * width * 4, activations=held["sft token"] + blocks)
+    for space, policy, others in (("latent", "policy", ("codebook", "world", "projector")),
+                                  ("token", "token policy", ())):
+        n, own_layers = size[policy], policy_layers * (space == "latent")
+        stage(f"rl {space}, rollout", (policy,), others, gradients=False, reference=4 * n,
+              copies=word * n * (word < 4), caches=cache * (layers + own_layers),
+              states=kept, activations=frozen)
+        stage(f"rl {space}, update", (policy,), others, reference=4 * n, states=2 * kept,
+              activations=held["rl" if space == "latent" else "rl token"])
+    return table
+
+
+def memory(shape, options):
+    """Print the plan and what it rests on."""
+    print(f"{shape}, one card, bfloat16 backbone, fp32 masters: {options}\n")
+    print(kit.format_table("peak GB", memory_plan(shape, **options)))
+    print("\nactivations bend to --tokens-at-once, caches and states also to --prompts a rank, "
+          "--group-size and --max-new-tokens; a card keeps a tenth free")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES, required=True)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES)
+    what.add_argument("--memory", choices=SHAPES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="benchmark")
     parser.add_argument("--part", action="store_true", help="used by the benchmark itself")
+    sizes = {"tokens_at_once": 16384, "group": 8, "prompts": 8, "prompt_tokens": 1024, "new": 1024}
+    for name, flag in zip(sizes, ("--tokens-at-once", "--group-size", "--prompts",
+                                  "--prompt-tokens", "--max-new-tokens")):
+        parser.add_argument(flag, dest=name, type=kit.count, default=sizes[name],
+                            help=f"memory: (default: {sizes[name]})")
     given = parser.parse_args()
-    benchmark(given.benchmark, given.device, given.part)
+    if given.memory:
+        memory(given.memory, {name: getattr(given, name) for name in sizes})
+    else:
+        benchmark(given.benchmark, given.device, given.part)

@@ -1573,6 +1573,9 @@ def main(argv=None):
             "gives all the same")
     if len(summaries) > 1:
         say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
+        if any(len(group) > 1 for group in by_seed(summaries).values()):
+            say("\n" + format_table("difference, mean and 95 % t-interval over seeds",
+                                    gains_over_first(summaries)))
     if args.report and rank() == 0:
         write_page(Path(args.report), page(task, f"{len(entries)} runs on {task.name}", entries))
 
@@ -1603,19 +1606,54 @@ def talk(agent: Agent, args):
         say()
 
 
-def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
-    """Runs of a model that differ in seed or run root alone as one row: mean (deviation)."""
-    groups, rows = {}, {}
+def by_seed(summaries: dict[Path, dict]) -> dict[str, dict[tuple, dict]]:
+    """Runs of a model that differ in seed or run root alone as one group: name -> (run root, seed)
+    -> its table."""
+    groups = {}
     for folder, table in summaries.items():
-        seed = f"-s{read_config(folder)['args']['seed']}"
-        name = re.sub(f"(-(?:latent|token)){seed}(?=-|$)", r"\1", folder.name)
-        groups.setdefault(f"{folder.parent.name}/{name}", []).append(table)
-    for name, tables in groups.items():
+        seed = read_config(folder)["args"]["seed"]
+        name = re.sub(f"(-(?:latent|token))-s{seed}(?=-|$)", r"\1", folder.name)
+        group = groups.setdefault(f"{folder.parent.name}/{name}", {})
+        group[folder.parent.parent, seed] = table
+    return groups
+
+
+def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
+    """Each group of `by_seed` as one row: mean (deviation) of the reward."""
+    rows = {}
+    for name, group in by_seed(summaries).items():
+        tables = list(group.values())
         rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
             values = [t[key]["reward"] for t in tables if key in t]
             spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
             rows[name][key] = f"{np.mean(values):.3f}{spread}"
+    return rows
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # by degrees of freedom
+
+
+def t_interval(differences) -> tuple[float, float]:
+    """Mean of up to ten paired differences and the half width of its 95 % t-interval."""
+    half = T_975[len(differences) - 2] * np.std(differences, ddof=1) / math.sqrt(len(differences))
+    return float(np.mean(differences)), float(half)
+
+
+def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
+    """Each group's reward less the first group's, paired by run root and seed, with its t-interval;
+    warm starts are one a run root."""
+    (first, base), *others = by_seed(summaries).items()
+    base = base | {root: table for (root, _), table in base.items() if "/rl-" not in first}
+    rows = {}
+    for name, group in others:
+        pairs = [(base.get((root, seed), base.get(root)), table)
+                 for (root, seed), table in group.items()]
+        pairs = [(before, after) for before, after in pairs if before][:len(T_975) + 1]
+        rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
+            key: "{:+.3f} ± {:.3f}".format(*t_interval([after[key]["reward"] - before[key]["reward"]
+                                                       for before, after in pairs]))
+            for key in (pairs[0][0] if len(pairs) > 1 else ())}}
     return rows
 
 

@@ -1970,6 +1970,30 @@ def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
         "other/rl-x-dapo-latent": {**alone, "id": "0.900"}}
 
 
+def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
+    def run(name, seed, reward):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({
+            "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
+        return {tmp_path / name: {"id": {"reward": reward}}}
+    runs = {}
+    for seed, (start, end, other) in enumerate(((0.1, 0.4, 0.2), (0.5, 0.6, 0.7), (0.3, 0.5, 0.3))):
+        runs |= run(f"{seed}/tiny/sft-mini-latent", seed, start)
+        runs |= run(f"{seed}/tiny/rl-mini-dapo-latent-s{seed}", seed, end)
+        runs |= run(f"{seed}/tiny/rl-mini-dapo-token-s{seed}", seed, other)
+    # .3 .1 .2: mean .2, deviation .1; .1 .2 0: mean .1, deviation .1; t(2) = 4.303
+    half = 4.303 * 0.1 / math.sqrt(3)
+    close(tasks.t_interval([0.3, 0.1, 0.2]), (0.2, half))
+    table = tasks.gains_over_first(dict(sorted(runs.items(), key=lambda pair: pair[0].name < "s")))
+    assert table == {f"tiny/rl-mini-dapo-{space} - tiny/sft-mini-latent":
+                     {"pairs": 3, "id": f"{mean:+.3f} ± {half:.3f}"}
+                     for space, mean in (("latent", 0.2), ("token", 0.1))}
+    del runs[tmp_path / "0/tiny/sft-mini-latent"]           # fails if pairs are made by place
+    (row_,) = {name: r for name, r in tasks.gains_over_first(dict(sorted(
+        runs.items(), key=lambda pair: pair[0].name < "s"))).items() if "latent -" in name}.values()
+    assert row_["pairs"] == 2 and row_["id"].startswith("+0.150")
+
+
 def test_summaries_leave_out_failures_and_count_zeros():
     task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
     def predictions(*groups):

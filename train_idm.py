@@ -184,8 +184,9 @@ def main(argv=None):
                        **tasks.code_usage(usage.window), "lr": lr, "grad_norm": norm},
                 "ce_paired", "ce_text", "code_perplexity")
         run.save(step + 1, state)
-    if tasks.code_usage(usage.window)["code_perplexity"] < 4:
-        say("warning: the codebook has collapsed (perplexity below 4); see README, Troubleshooting")
+    if tasks.code_usage(usage.window)["code_perplexity"] < min(4, args.codes / 2):
+        say("warning: the codebook has collapsed: a code or two serve all; see README, "
+            "Troubleshooting")
     if parent:
         run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
     report, shares = idm_report(agent, held, args.tokens_at_once)

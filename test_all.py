@@ -386,7 +386,7 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
     for flags, pattern in (
             (different, "paired: .'rows.* -> .'other"), (["--no-text"], "paired: .* -> mini"),
             ([*data, "--task", demo], "task: mini .* -> demo"),
-            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 16 -> 3"),
+            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 4 -> 3"),
             ([*data, *parent, "--no-cycle"], "no_cycle: False -> True"),
             ([*data, *parent, "--no-cycle", "--task", demo], "no_cycle: False -> True")):
         with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
@@ -2742,7 +2742,7 @@ def test_rl_evaluates_before_and_after_under_its_own_limits_and_temperature(tmp_
              str(folder), "--judge-url", server.url, "--judge-model", "m", "--steps", "1"]
     train_rl.main([*flags, "--prompts", "2", "--group-size", "2", "--temperature", "0.6",
                    "--max-new-tokens", "7", "--lr", "1e-9"])
-    run = tmp_path / "tiny/rl-task-grpo-latent-s0-idm1-policy1"
+    run = tmp_path / "tiny/rl-task-grpo-latent-s0-codes16-idm1-policy1"
     heard = [re.search(r"<answer>\n(.*)\n</answer>", prompt, re.S)[1] for prompt in server.calls]
     want = [*expected(folder, 0.0, 1, 7).values(), *expected(folder, 0.6, 4, 7).values()]
     want = {answer for group in want for answer in group}
@@ -2988,7 +2988,7 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
         assert {k for k in here if here[k] != other[k]} == {key}
     args = parsed(train_rl)
     mini_ = tasks.identity(args, "paired", "text", "task")
-    assert mini_ == {"codes": 16, "idm_layers": 2, "policy_layers": 2, "no_text": False,
+    assert mini_ == {"codes": 4, "idm_layers": 2, "policy_layers": 2, "no_text": False,
                      "no_projector": False, "no_cycle": False, "image_tokens": "4",
                      **dict.fromkeys(("paired", "text", "task"), f"mini {tasks.MINI_VERSION}")}
     assert "task" not in tasks.identity(args, "paired", "text")
@@ -4008,9 +4008,9 @@ BAD = [
     ("eval --rescore a.jsonl b.jsonl", "run folders, .*or --rescore FILE"),
     ("eval", "run folders, .*or --rescore FILE"),
     ("train_bc --codes 8 --parent runs/tiny/idm --stage bc --name bad",
-     "idm was trained otherwise .codes: 16 -> 8"),
+     "idm was trained otherwise .codes: 4 -> 8"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
-    ("train_bc --model qwen --codes 16 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
+    ("train_bc --model qwen --codes 4 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
      "--stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
      r"run first: python train_bc.py --model \S*/qwen --stage bc"),
@@ -4302,7 +4302,7 @@ def test_the_plans_backbones_have_the_published_numbers_of_parameters():
         close(sum(p.numel() for p in base.parameters()) / 1e9, billions, 0.01 * billions)
 
 
-def counted(stage, tokens_at_once, group, prompts, prompt_tokens, new):
+def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new):
     """Peak GB of all tensors of a real step of `medium` in fp32, from building the model on."""
     with AliveBytes() as alive:
         agent = benchmark_agent("medium", "cpu")
@@ -4344,7 +4344,7 @@ def counted(stage, tokens_at_once, group, prompts, prompt_tokens, new):
 def test_the_memory_plan_is_what_is_counted(stage):
     options = dict(tokens_at_once=2048, group=8, prompts=2, prompt_tokens=256, new=64)
     planned = memory_plan("medium", **options, dtype=torch.float32)[stage]["total"]
-    assert planned == pytest.approx(counted(stage, **options), rel=0.15)
+    assert planned == pytest.approx(counted_bytes(stage, **options), rel=0.15)
 
 
 # ---- python test_all.py --benchmark [SHAPE]: speed against what a user would otherwise run -----

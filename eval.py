@@ -1292,8 +1292,9 @@ def page(task: Task, title: str, entries: dict[str, dict], dialogues: int = 12) 
     for name, entry in others:
         parts.append(html_table(f"gain, {first} to {name}", gain_table(
             task, base["predictions"], entry["predictions"])))
-        parts.append("<details><summary>by group</summary>" + html_table("", gains_by_group(
-            task, base["predictions"], entry["predictions"], rows)) + "</details>")
+        sides = ([p for p in one["predictions"] if p["mode"] == "greedy"] for one in (base, entry))
+        parts.append("<details><summary>greedy, by group</summary>" + html_table(
+            "", gains_by_group(task, *sides, rows)) + "</details>")
     parts += [svg_lines(curve, {name: [(row["step"], row[curve]) for row in entry.get("log", ())
                                        if row.get(curve) is not None]
                                 for name, entry in entries.items()}) for curve in CURVES]

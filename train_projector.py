@@ -7,7 +7,7 @@ and P' back:
     step 1  paired rows        L_t2vt + L_vt2t = -log p(e^{V,T} | P(e^T)) - log p(e^T | P'(e^{V,T}))
     step 2  paired + text      step 1 + L_cycle = -log p(e^T | P'(mu_P(e^T))) on text-only rows
 
-Stage 0 exists for `--model tiny` alone: a 0.8M Qwen2.5-VL taught the mini world from nothing, so
+Stage 0 exists for `--model tiny` alone: a 1.0M Qwen2.5-VL taught the mini world from nothing, so
 that the whole method runs without a download. Deviations: README, rows 2, 7, 8, 12
 and 20.
 
@@ -166,7 +166,7 @@ def main(argv=None):
 
 def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
               vocab: int = 1024) -> tuple:
-    """The embedded `tiny` architecture, untrained: a real Qwen2.5-VL of about 0.8M parameters.
+    """The embedded `tiny` architecture, untrained: a real Qwen2.5-VL of about 1.0M parameters.
 
     Its byte-level BPE tokenizer (Qwen's special tokens, any text round-trips) is fitted to
     `texts`. Returns (model, tokenizer, image processor), to be saved as an ordinary folder.

@@ -1945,13 +1945,17 @@ def test_metrics_by_hand():
     assert tasks.common_length(a, b) == lcs[-1][-1]
 
 
+def scored_run(root, name, seed, reward):
+    """A run folder of that seed, and its summary."""
+    (root / name).mkdir(parents=True)
+    (root / name / "config.json").write_text(json.dumps({
+        "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
+    return {root / name: {"id": {"reward": reward}}}
+
+
 def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
     """Fails if any -s<digits> is a seed: my-s3-task and my-s4-task are two tasks."""
-    def run(name, seed, reward):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({
-            "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
-        return {tmp_path / name: {"id": {"reward": reward}}}
+    run = functools.partial(scored_run, tmp_path)
     runs = {}
     for n, (stage, seed) in enumerate((
             ("rl-x-dapo-latent-s0", 0), ("rl-x-dapo-latent-s1", 1), ("rl-x-dapo-latent-s1-b", 1),
@@ -1971,11 +1975,7 @@ def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
 
 
 def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
-    def run(name, seed, reward):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({
-            "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
-        return {tmp_path / name: {"id": {"reward": reward}}}
+    run = functools.partial(scored_run, tmp_path)
     runs = {}
     for seed, (start, end, other) in enumerate(((0.1, 0.4, 0.2), (0.5, 0.6, 0.7), (0.3, 0.5, 0.3))):
         runs |= run(f"{seed}/tiny/sft-mini-latent", seed, start)

@@ -3728,7 +3728,7 @@ import torch
 
 torch.set_num_threads(1)
 setup, record, stage, events, agent, before = json.loads(sys.argv[1]), {}, None, 0, None, {}
-kit.SAVE_SECONDS = 0
+kit.SAVE_SECONDS, kit.STRUCTURE["tiny"]["codes"] = 0, 64
 tasks.JUDGE.update(pause=0.01, timeout=3.0)
 train_projector.BASE_PHASES = [(name, 2, *lrs) for name, _, *lrs in train_projector.BASE_PHASES]
 train_projector.BASE_ROWS = {name: {kind: 24 for kind in kinds}
@@ -4010,14 +4010,14 @@ BAD = [
     ("train_bc --codes 8 --parent runs/tiny/idm --stage bc --name bad",
      "idm was trained otherwise .codes: 4 -> 8"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
-    ("train_bc --model qwen --codes 4 --idm-layers 2 --policy-layers 2 --parent runs/tiny/idm "
-     "--stage bc", "trained on another base.*--fresh"),
+    ("train_bc --model qwen --codes 4 --idm-layers 2 --policy-layers 2 --image-tokens 4 --parent "
+     "runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
      r"run first: python train_bc.py --model \S*/qwen --stage bc"),
     ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
     ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
     ("train_projector --model ./nowhere --paired p.jsonl --no-text", "./nowhere: no such folder"),
-    ("train_projector --image-tokens many", "--image-tokens many: neither a number nor HEIGHTx"),
+    ("train_projector --image-tokens many", "--image-tokens: many is neither a number nor HEIGHTx"),
     ("train_idm --no-projector --parent runs/tiny/projector", "--parent: without a projector"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
      "Not a directory.*a.png/x.*check the path"),
@@ -4274,9 +4274,10 @@ def test_chain_workers_end_when_their_torchrun_is_gone(chain, recorded):
     shutil.copytree(chain.folder / "one", chain.folder / "gone")
     torchrun = subprocess.Popen(chain.command(
         "train_rl.py", "--task", chain.task, *RL, "--steps", "9999", "--name", "gone", "--run-root",
-        "gone", "--idm-layers", "1", "--policy-layers", "1", *chain.files, ranks=2), env=ENV,
+        "gone", "--idm-layers", "1", "--policy-layers", "1", "--codes", "64", "--parent",
+        "gone/tiny/sft-task-latent-idm1-policy1", *chain.files, ranks=2), env=ENV,
         cwd=chain.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = chain.folder / f"gone/tiny/{MAIN}-idm1-policy1-gone/log.jsonl"
+    log = chain.folder / f"gone/tiny/{MAIN}-codes64-idm1-policy1-gone/log.jsonl"
     def workers():
         found = subprocess.run(["pgrep", "-f", "train_rl.py .*--name gone"], capture_output=True)
         return set(map(int, found.stdout.split())) - {torchrun.pid}

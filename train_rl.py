@@ -61,7 +61,7 @@ ALGORITHMS = {
 DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4}, "full": {"steps": 100, "lr": 1e-6}},
             "token": {"tiny": {"steps": 80, "lr": 2.5e-4}, "full": {"steps": 100, "lr": 1e-6}}}
 # Of the default run on two CPU cores: what a fresh start has before it.
-MINUTES = {"base": 3, "projector": 0.4, "idm": 1.5, "bc": 1, "sft": 0.5, "rl": 1.5}
+MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 2}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation

@@ -237,7 +237,7 @@ PERSONAS = [
     Persona("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
 ]
 WORLD = 1                  # draws who is familiar and who is held out
-FAMILIAR, HELD_OUT = 12, 4 # of the 20; the last 4 are the OOD test's
+FAMILIAR, HELD_OUT = 12, 4  # of the 20; the last 4 are the OOD test's
 
 # How often a slot of an answer holds the persona's own word. What is said of the picture is always
 # right: there is headroom in words, not in sight. An answer is more or less in role as a whole, by
@@ -665,7 +665,7 @@ class Lacking(Exception):
     """Of a published dialogue: what it lacks, and the name of that."""
 
 
-def found(path: Path, what: str) -> Path:
+def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise Lacking(what, str(path))
     return path
@@ -719,8 +719,8 @@ def mmrole_dialogues(root: Path, part: str) -> list[dict]:
         role = next((who for who, _ in spoken if who != "human"), None)
         if role is None:
             raise Lacking("answer", raw["id"])
-        profile = read_json(found(profiles / f"{role}.json".replace(" ", "_"), "profile"))
-        image = found(root / "images" / raw["image"], "picture")
+        profile = read_json(existing(profiles / f"{role}.json".replace(" ", "_"), "profile"))
+        image = existing(root / "images" / raw["image"], "picture")
         about = "; ".join(filter(None, map(raw.get, ("role_info", "place_info", "scene_info"))))
         told = "\n".join(f"{key}: {text}" for key, text in profile.items())
         system = (f"Play the character {role} in a conversation about a picture. Speak as "
@@ -757,7 +757,7 @@ def pcogalign_task(root: Path) -> Task:
     test its golden-test; location set 2's golden-test (HCSHR) is the other test. The published
     files have no reference answers: `make_references` makes the golden files."""
     def row_of(n, raw):
-        image, info = found(root / raw["image"]["file_path"], "picture"), raw.get("eval_info", {})
+        image, info = existing(root / raw["image"]["file_path"], "picture"), raw.get("eval_info", {})
         return {
             "id": f"{part}-{n}", "images": [str(image)], "persona": roles_of(raw),
             "messages": [{"role": "system", "content":
@@ -1131,7 +1131,7 @@ def role_of(row: dict, token: str) -> str:
                  if name in owners), "another's" if owners else "plain")
 
 
-def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
+def atlas(predictions: list[dict], rows: dict[str, dict]) -> dict:
     """What every code does in the answers of `predictions`, those with `tokens` and `codes`.
 
     {"codes": code -> {"share" of all tokens, "tokens" it chose most, "contexts" (the words before
@@ -1142,7 +1142,7 @@ def atlas(predictions: list[dict], roles: dict[str, dict]) -> dict:
     """
     uses = defaultdict(list)
     for p in predictions:
-        row, n = roles[p["id"]], len(p.get("codes", ()))
+        row, n = rows[p["id"]], len(p.get("codes", ()))
         for t, (token, code) in enumerate(zip(p["tokens"], p.get("codes", ()))):
             uses[code].append({
                 "tokens": token, "persona": row.get("persona", ""), "role": role_of(row, token),
@@ -1636,8 +1636,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # by
 
 
 def t_interval(differences) -> tuple[float, float]:
-    """Mean of up to ten paired differences and the half width of its 95 % t-interval."""
-    half = T_975[len(differences) - 2] * np.std(differences, ddof=1) / math.sqrt(len(differences))
+    """Mean of paired differences and the half width of its 95 % t-interval; beyond ten of them the
+    quantile of ten, which makes it slightly too wide."""
+    half = T_975[min(len(differences), 10) - 2] * np.std(differences, ddof=1) / math.sqrt(len(differences))
     return float(np.mean(differences)), float(half)
 
 
@@ -1650,7 +1651,7 @@ def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
     for name, group in others:
         pairs = [(base.get((root, seed), base.get(root)), table)
                  for (root, seed), table in group.items()]
-        pairs = [(before, after) for before, after in pairs if before][:len(T_975) + 1]
+        pairs = [(before, after) for before, after in pairs if before]
         rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
             key: "{:+.3f} ± {:.3f}".format(*t_interval([after[key]["reward"] - before[key]["reward"]
                                                        for before, after in pairs]))

@@ -35,6 +35,7 @@ alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import fcntl
@@ -1721,7 +1722,8 @@ def atomic(path: Path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):          # where nothing can be written or removed
+            temporary.unlink()
         reason = " ".join(str(error).split())[:90]
         raise UserError(f"{path}: cannot be written ({reason}); earlier files are intact: free the "
                         "space or permission and run the same command") from None

@@ -525,11 +525,11 @@ def main(argv=None):
         say(f"one prompt ({first['id']}): {before[0]['prompt'][-1]['content']}",
             f"before: {before[0]['answers'][0]}", f"after: {after[0]['answers'][0]}",
             f"reference: {before[0]['reference']}", sep="\n  ")
+    run.finish(**modules)
     if rank() == 0:
         entries.setdefault("after", {"predictions": []}).update(
             log=tasks.read_log(run.folder), idm=tasks.idm_shares(parent))
         tasks.write_page(run.folder / "report.html", tasks.page(task, run.folder.name, entries))
-    run.finish(**modules)
     say(f"next: python eval.py {run.folder} --chat, or with other runs and --report page.html to "
         "compare them")
 

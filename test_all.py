@@ -2320,6 +2320,7 @@ class FakeJudge(ThreadingHTTPServer):
     """An OpenAI-compatible endpoint with faults: `fault(prompt, attempt)` names the fault.
     `calls` are the prompts, `requests` whole conversations, in the order in which they came."""
     daemon_threads = True
+    request_queue_size = 256            # 5 by default: 32 callers at once would be turned away
 
     def __init__(self, dimensions, fault=lambda prompt, attempt: None):
         super().__init__(("127.0.0.1", 0), FakeHandler)
@@ -2401,7 +2402,7 @@ def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, mo
 
     def fault(prompt, attempt):
         draw = random.Random(f"{attempt} {prompt}")
-        return draw.choice(FAULTS) if draw.random() < 0.3 and attempt < 5 else None
+        return draw.choice(FAULTS) if draw.random() < 0.3 and attempt < 3 else None
     monkeypatch.setitem(tasks.JUDGE, "threads", 32)
     server, judge = endpoint(fault)
     replies = judge([QUESTION] * 200, answers)

@@ -45,7 +45,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (ABLATIONS, STRUCTURE, Agent, UserError, atomic, count, file_identity,
+from model import (STRUCTURE, Agent, UserError, atomic, count, file_identity,
                    format_table, gather, init_distributed, key_seed, launch, open_image, positive,
                    rank, read_config, read_rows, replay, rollout, say, split_prompts, table_cells,
                    text_positions, within, world_size)
@@ -136,13 +136,14 @@ def task_flags(parser: argparse.ArgumentParser):
     add("--judge-url", help="OpenAI-compatible endpoint of an LLM judge, its key in $JUDGE_API_KEY;"
         " else mini has its rules and other tasks word overlap with the reference")
     add("--judge-model", help="the judge's model name at that endpoint")
+    add("--eval-prompts", type=count, metavar="N", help="N prompts of each evaluated split, spread "
+        "evenly over it (default: all)")
 
 
 def identity(args, *kinds: str) -> dict:
     """What a run must share with those that start from it: structure, ablations, and the data of
     `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
-    found = {name: getattr(args, name)
-             for name in (*STRUCTURE["tiny"], *ABLATIONS)}
+    found = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
     mini = f"mini {MINI_VERSION}"
     for kind in kinds:
         files = getattr(args, kind)
@@ -1369,8 +1370,7 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
     places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
     texts -> (N, d)) are taken within a prompt's answers; word as in `atlas`. Failed judgements are
-    left out and counted. Rank 0 calls the judge: its replies reach all ranks. In latent space a
-    prediction holds the `tokens` and `codes` of its first answer, from which `atlas` tells what
+    left out and counted. Ranks share the judge's calls. In latent space a prediction holds the `tokens` and `codes` of its first answer, from which `atlas` tells what
     codes do.
     """
     table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
@@ -1380,7 +1380,7 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
                                tokens_at_once)
             flat_rows = [row for row, group in zip(rows, answers) for _ in group]
             flat = [answer["text"] for group in answers for answer in group]
-            replies = gather({0: task.judge(flat_rows, flat)} if rank() == 0 else {})[0]
+            replies = judged(task, flat_rows, flat)
             e = gather({0: embed(flat) if embed and n > 1 else None} if rank() == 0 else {})[0]
             for i, (row, group) in enumerate(zip(rows, answers)):
                 of_row = slice(i * n, (i + 1) * n)
@@ -1401,6 +1401,25 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
                 table[f"{split} {mode}"] |= {"word": found["word"], **code_usage(torch.bincount(
                     torch.tensor(taken), minlength=agent.structure["codes"]))}
     return table, predictions
+
+
+def judged(task: Task, rows: list[dict], answers: list[str]) -> list[str | None]:
+    """The judge's replies, on all ranks: each calls it for its own share."""
+    mine = range(rank(), len(rows), world_size())
+    replies = gather(dict(zip(mine, task.judge([rows[i] for i in mine], [answers[i] for i in mine]))))
+    return [replies[i] for i in range(len(rows))]
+
+
+def chosen_splits(task: Task, names, n: int | None) -> dict[str, list[dict]]:
+    """The named splits that have rows: of each all, or n spread evenly over it."""
+    return {name: rows if n is None or n >= len(rows) else
+            [rows[len(rows) * k // n] for k in range(n)]
+            for name in names if (rows := task.splits[name])}
+
+
+def answers_of(splits: dict[str, list[dict]], modes: dict[str, tuple[float, int]]) -> int:
+    """How many answers an evaluation asks the judge for."""
+    return sum(map(len, splits.values())) * sum(n for _, n in modes.values())
 
 
 def rewards_of(task: Task, predictions: list[dict]) -> np.ndarray:
@@ -1468,7 +1487,6 @@ def arguments() -> argparse.ArgumentParser:
     add("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
     add("--splits", nargs="+", choices=SPLITS, default=["id", "ood"],
         help="which prompts (default: id ood); tune on valid, touch the tests once")
-    add("--prompts", type=count, help="the first N prompts of each split (default: all)")
     add("--samples", type=count, default=4, help="sampled answers a prompt, for best-of-N too")
     add("--temperature", type=positive, nargs="+", help="of these, one or several (default: the "
         "run's; paper: 0.1)")
@@ -1535,18 +1553,19 @@ def main(argv=None):
                                        "run_root": folder.resolve().parent.parent})
         task = load_task(merged)
         task.max_new_tokens = merged.max_new_tokens or task.max_new_tokens
-        splits = {s: task.splits[s][:args.prompts] for s in args.splits}
-        if empty := [s for s in splits if not splits[s]]:
+        splits = chosen_splits(task, args.splits, args.eval_prompts)
+        if empty := [s for s in args.splits if s not in splits]:
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
         base = agent.structure["base"]
         if base not in yardsticks:
             yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged),
                                                  args.tokens_at_once)
-        say(f"{folder}: {sum(map(len, splits.values()))} prompts, judge of task {task.name}")
         temperatures = args.temperature or [merged.temperature]
         modes = {"greedy": (0.0, 1), **{
             "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
             for t in temperatures}}
+        say(f"{folder}: {sum(map(len, splits.values()))} prompts, {answers_of(splits, modes)} "
+            f"answers for the judge of task {task.name}")
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
                                       yardsticks[base])
         say(format_table(folder.name, without_dimensions(task, table)))

@@ -58,6 +58,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 # Read when torch loads (so the other files import this one before torch): OpenMP threads that wait
@@ -95,17 +96,25 @@ LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss
 # ---- The five modules ------------------------------------------------------------------------
 
 
-def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=None) -> Tensor:
+def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=None,
+               recompute: bool = False) -> Tensor:
     """Decoder layers over x (B, T, d) at positions (3, B, T) or (B, T); no final norm.
 
     `mask` (B, 1, T, keys) bool, True = may attend; None is plain causal (or one new token).
+    `recompute` keeps a layer's input alone for the backward pass, and runs the layer again there.
     """
     positions = positions.expand(3, -1, -1) if positions.dim() == 2 else positions
     rope = rotary(x, positions)
     for layer in layers:
-        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None,
-                  past_key_values=cache)
+        run = again(layer) if recompute and cache is None else layer
+        x = run(x, attention_mask=mask, position_embeddings=rope, position_ids=None,
+                past_key_values=cache)
     return x
+
+
+def again(function):
+    """`function`, whose inside is not kept for the backward pass but computed there again."""
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 class CausalStack(nn.Module):
@@ -114,6 +123,8 @@ class CausalStack(nn.Module):
     The inverse dynamics model (4 layers) and the policy (8 layers) with a |C|-way head, and the
     token-level baseline's policy: the backbone's own last layers, norm and an untied head.
     """
+
+    recompute = False       # layers in the backward pass (--recompute)
 
     def __init__(self, text_config, n_layers: int, n_out: int):
         super().__init__()
@@ -148,7 +159,7 @@ class CausalStack(nn.Module):
 
     def hidden(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
         """(B, T, d) -> (B, T, d), normed: what the head reads."""
-        x = run_layers(self.layers, x, self.rotary, positions, cache, mask)
+        x = run_layers(self.layers, x, self.rotary, positions, cache, mask, self.recompute)
         return self.norm(x.to(self.norm.weight.dtype))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -218,7 +229,7 @@ class Projector(nn.Module):
 def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
     """function(*tensors) -> tuple of tensors, computed `rows` rows at a time and again in the
     backward pass, so that what it makes inside never exists for all rows at once."""
-    parts = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
+    parts = [again(function)(*part)
              for part in zip(*(x.split(max(1, rows)) for x in tensors))]
     return [torch.cat(outputs) for outputs in zip(*parts)]
 
@@ -346,7 +357,7 @@ class Agent(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder, self.structure = encoder, dict(structure)
-        self.space, self.min_p = "latent", 0.0
+        self.space, self.min_p, self.recompute = "latent", 0.0, False
         self.projector = self.idm = self.codebook = self.world = self.policy = None
         text = backbone.model.language_model
         self.text_config, self.width = text.config, text.config.hidden_size
@@ -360,15 +371,16 @@ class Agent(nn.Module):
     def from_base(cls, args, dtype: torch.dtype | None = None) -> Agent:
         """The backbone alone, on this rank's device, with the structure that `args` asks for."""
         device = device_of(args)
-        auto = "bfloat16" if device == "cuda" else "float32"
+        has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        auto = "bfloat16" if has_bfloat16 else "float32"
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
-        structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
-        structure |= {"no_projector": args.no_projector, "base": str(path)}
+        structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]} | {"base": str(path)}
         model = model.to(device)
         agent = cls(model, Encoder(tokenizer, processor, model.config, args.image_tokens),
                     structure)
+        agent.recompute = args.recompute
         if args.model == "tiny":
             agent.base_hash = file_hash(path / "model.safetensors")
         return agent
@@ -434,8 +446,8 @@ class Agent(nn.Module):
                  skip: tuple[str, ...] = ("idm",)) -> Agent:
         """A trained agent from its run folder alone."""
         args = argparse.Namespace(**read_config(folder)["args"])
-        args.device, args.dtype = device, dtype
-        if not {"model", "no_projector", *STRUCTURE["tiny"]} <= set(vars(args)):
+        args.device, args.dtype, args.recompute = device, dtype, False
+        if not {"model", *STRUCTURE["tiny"]} <= set(vars(args)):
             raise UserError(f"{folder}: config.json is not that of a stage; name a run folder")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
@@ -462,6 +474,7 @@ class Agent(nn.Module):
         returns the named ones, whose fp32 weights train."""
         for name, module in self.named_children():
             module.requires_grad_(name in names)
+            module.recompute = self.recompute
             if name not in names:
                 cast(module, self.dtype)
         return {name: getattr(self, name) for name in names}
@@ -487,7 +500,7 @@ class Agent(nn.Module):
         """Embeddings -> what modules downstream read: e (normed), or in token space the input
         of the policy's first layer. (B, T, d) -> (B, T, d)."""
         text = self.backbone.model.language_model
-        x = run_layers(self.layers, x, text.rotary_emb, positions, cache, mask)
+        x = run_layers(self.layers, x, text.rotary_emb, positions, cache, mask, self.recompute)
         return x if self.space == "token" else text.norm(x)
 
     def embeddings(self, batch: Batch, cache=None) -> Tensor:
@@ -507,7 +520,7 @@ class Agent(nn.Module):
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
 
         e (B, ..., d), has_image (B,) -> same shape and dtype."""
-        if self.projector is None or self.structure["no_projector"]:
+        if self.projector is None or "projector" in self.structure["without"]:
             return e
         has_image = has_image.view(-1, *[1] * (e.dim() - 1))
         with self.autocast():
@@ -797,17 +810,23 @@ def split_prompts(prompts: list[Example], group: int, max_new_tokens: int,
 def replay(policy: CausalStack, r: Rollout) -> Tensor:
     """The policy's normed hidden states at every answer position, from kept inputs (N, T, d).
 
-    One pass over each prompt, with gradient if enabled; its keys and values are expanded to the
-    group's answers. Equals the rollout's own incremental pass (tested).
+    Each layer passes over the prompts once, with gradient if enabled, and its keys and values are
+    expanded to the group's answers. Equals the rollout's own incremental pass (tested).
     """
-    cache = DynamicCache()
-    run_layers(policy.layers, r.prompt, policy.rotary, r.prompt_positions, cache)
-    cache.batch_repeat_interleave(r.group)
     T = r.inputs.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=r.inputs.device).tril()
     before = r.prompt_mask.repeat_interleave(r.group, 0)[:, None].expand(-1, T, -1)
     mask = torch.cat([before, causal.expand(len(before), -1, -1)], -1)[:, None]
-    return policy.hidden(r.inputs, r.positions, cache, mask)
+
+    def both(layer, prompt, x):
+        cache = DynamicCache()
+        prompt = run_layers([layer], prompt, policy.rotary, r.prompt_positions, cache)
+        cache.batch_repeat_interleave(r.group)
+        return prompt, run_layers([layer], x, policy.rotary, r.positions, cache, mask)
+    prompt, x = r.prompt, r.inputs
+    for layer in policy.layers:
+        prompt, x = (again(both) if policy.recompute else both)(layer, prompt, x)
+    return policy.norm(x.to(policy.norm.weight.dtype))
 
 
 # ---- Data: from rows to batches --------------------------------------------------------------
@@ -1334,10 +1353,10 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
     """
     if args.model != "tiny" and not args.paired:
         raise UserError("--paired FILE... is required for --model other than tiny")
-    if args.paired and not args.text and not args.no_text:
-        raise UserError("--paired without --text: name text-only rows as well, or say --no-text")
+    if args.paired and not args.text and "text" not in args.without:
+        raise UserError("--paired and no --text: name text-only rows as well, or say --without text")
     streams = {}
-    for kind in ("paired",) if args.no_text else ("paired", "text"):
+    for kind in ("paired",) if "text" in args.without else ("paired", "text"):
         seed = key_seed(args.seed, kind)
         source = getattr(args, kind) or (None if args.paired else embedded(kind, seed))
         if source:
@@ -1527,9 +1546,10 @@ def peak_memory() -> int:
 
 # Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
 
-STRUCTURE = {"tiny": {"codes": 4, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4"},
-             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256"}}
-ABLATIONS = ("no_text", "no_projector", "no_cycle")
+STRUCTURE = {"tiny": {"codes": 4, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4",
+                      "without": []},
+             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256",
+                      "without": []}}
 
 
 def within(kind, low: float, high: float = math.inf):
@@ -1557,6 +1577,8 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     script's table of kind -> "tiny" or "full" -> flag -> value."""
     table = {f"{kind} {scale}": {**STRUCTURE[scale], **values}
              for kind, scales in defaults.items() for scale, values in scales.items()}
+    for row in table.values():
+        del row["without"]                          # nothing, by default
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1576,6 +1598,8 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
         "changes no gradient; one row or one prompt's answers at least (default: 16384)")
+    add("--recompute", action="store_true", help="layers that train, in the backward pass: less "
+        "memory, more time, the same gradient")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--fresh", action="store_true", help="delete this run's folder and start it again")
@@ -1585,9 +1609,8 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--policy-layers", type=count, help="layers of the policy")
     add("--image-tokens", type=image_budget, help="most tokens an image may have, its shape kept, "
         "or HEIGHTxWIDTH in pixels (release's pre-training: 280x420)")
-    add("--no-text", action="store_true", help="no text-only rows")
-    add("--no-projector", action="store_true", help="states of text-only rows are e^T itself")
-    add("--no-cycle", action="store_true", help="no cycle loss on text-only rows")
+    add("--without", action="extend", nargs="+", choices=("text", "projector", "cycle"),
+        help="text-only rows; the projector (their states are e^T itself); the cycle loss on them")
     return parser
 
 
@@ -1606,13 +1629,14 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.without = sorted(set(args.without))
     init_distributed(args)
     return args
 
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
 PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "dtype", "device", *STRUCTURE["tiny"], *ABLATIONS, "task", "task_root")
+              "recompute", "dtype", "device", *STRUCTURE["tiny"], "task", "task_root", "eval_prompts")
 
 
 def model_root(args) -> Path:
@@ -1624,9 +1648,9 @@ def folder_of(args, stage: str, name: str = "") -> Path:
     """A stage's folder: its suffixes say what changes its result, so ablations never collide;
     `name` is this run's own suffix, which predecessors do not carry."""
     usual = STRUCTURE[scale_of(args.model)]
-    tags = [f"{key.split('_')[0]}{getattr(args, key)}"
-            for key in usual if getattr(args, key) != usual[key]]
-    tags += [key.replace("_", "") for key in ABLATIONS if getattr(args, key)]
+    values = {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
+    tags = ["-".join([key, *value]) if key == "without" else f"{key.split('_')[0]}{value}"
+            for key, value in values.items()]
     return model_root(args) / "-".join([stage, *tags, *([name] if name else [])])
 
 
@@ -1764,7 +1788,8 @@ LOGS = ("log.jsonl", "samples.jsonl")
 SAVE_SECONDS = 60            # between checkpoints
 # Where things lie, on what machine, and what is evaluated: these change no weight.
 NOT_COMPARED = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "name",
-                "parent", "fresh", "device", "tokens_at_once", "splits", "judge_url")
+                "parent", "fresh", "device", "tokens_at_once", "recompute", "splits",
+                "eval_prompts", "judge_url")
 
 
 class Run:

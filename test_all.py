@@ -87,7 +87,7 @@ def tiny_agent(space="latent") -> Agent:
         return agent.requires_grad_(False)
     base, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
     agent = Agent(shake(base, 0.1), Encoder(tokenizer, processor, base.config),
-                  {"codes": 16, "idm_layers": 1, "policy_layers": 1, "no_projector": False})
+                  {"codes": 16, "idm_layers": 1, "policy_layers": 1, "without": []})
     agent.make("projector", "idm", "codebook", "world", "policy")
     for seed, name in enumerate(("projector", "idm", "world", "policy")):
         shake(getattr(agent, name), 0.15, seed)
@@ -273,6 +273,7 @@ def test_help_shows_every_flag_and_every_kinds_defaults(module):
             (line,) = re.findall(rf"^{label}  .*", text, re.M)
             shown = dict(zip(names, map(float, line[len(label):].split()), strict=True))
             values = kit.STRUCTURE[label.split()[1]] | values
+            assert values.pop("without") == []      # so it is not shown
             assert shown == {name: float(value) for name, value in values.items()}
     for kinds in getattr(module, "DEFAULTS", {}).values():      # every default is of a flag
         assert {"--" + name.replace("_", "-") for scale in kinds.values() for name in scale} < {
@@ -302,7 +303,7 @@ def fresh_run(root, *flags, module=stage1, stage="run", agent=None, parent=None)
 def test_a_predecessor_runs_as_the_user_would_run_it_alone(tmp_path, fixed, model):
     """One list of arguments is run (tiny) or printed, and read by the predecessor's own parser."""
     common, calls = ["--model", model, "--seed", "3", "--run-root", str(tmp_path / "a b"),
-                     "--paired", "x y.jsonl", "z.jsonl", "--no-cycle", "--no-text",
+                     "--paired", "x y.jsonl", "z.jsonl", "--without", "cycle", "text",
                      "--policy-layers", "5"], []
     args = parsed(train_rl, *common, "--lr", "0.5", "--steps", "7", "--name", "mine", "--fresh",
                   "--judge-model", "j")
@@ -376,19 +377,20 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
     def start(*flags):
         args = parsed(train_rl, "--run-root", str(tmp_path), *flags)
         return kit.predecessor(args, own_identity(args), "run", script(train_bc, []))
-    data, different = ["--paired", rows, "--no-text"], ["--paired", other, "--no-text"]
+    data, different = (["--paired", file, "--without", "text"] for file in (rows, other))
     folder = finished(tmp_path, *data, "--seed", "5", "--lr", "0.5", module=train_bc)
     assert start(*data, "--seed", "3") == folder    # steps, learning rate and seed are its own
     parent = ["--parent", str(folder)]
     assert start(*data, *parent) == folder and "another task" not in capsys.readouterr().out
     assert start(*data, *parent, "--task", demo) == folder      # by --parent only, and it is said
-    assert re.search("run-notext is of another task .mini.* -> demo", capsys.readouterr().out)
+    assert re.search("run-without-text is of another task .mini.* -> demo",
+                     capsys.readouterr().out)
     for flags, pattern in (
-            (different, "paired: .'rows.* -> .'other"), (["--no-text"], "paired: .* -> mini"),
+            (different, "paired: .'rows.* -> .'other"), (["--without", "text"], "paired: .* -> mini"),
             ([*data, "--task", demo], "task: mini .* -> demo"),
             ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 4 -> 3"),
-            ([*data, *parent, "--no-cycle"], "no_cycle: False -> True"),
-            ([*data, *parent, "--no-cycle", "--task", demo], "no_cycle: False -> True")):
+            ([*data, *parent, "--without", "cycle"], "without: ..text.. -> ..cycle., .text"),
+            ([*data, *parent, "--without", "cycle", "--task", demo], "without: ..text.. -> ..cycle., .text")):
         with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
             start(*flags)
     with pytest.raises(UserError, match="--parent .*absent: no finished run there"):
@@ -399,9 +401,10 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
 
 def test_folders_of_variants_never_collide():
     names = {kit.folder_of(parsed(train_idm, *flags), "idm") for flags in (
-        [], ["--codes", "32"], ["--idm-layers", "1"], ["--policy-layers", "1"], ["--no-text"],
-        ["--no-projector"], ["--no-cycle"], ["--model", "org/x"])}
-    assert len(names) == 8 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
+        [], ["--codes", "32"], ["--idm-layers", "1"], ["--policy-layers", "1"], ["--without", "text"],
+        ["--without", "projector"], ["--without", "cycle"], ["--without", "cycle", "text"],
+        ["--without", "text", "--without", "cycle", "text"], ["--model", "org/x"])}
+    assert len(names) == 9 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
 
 
 def small_loop(root, *flags, start=0, stop=None):
@@ -729,6 +732,15 @@ def one_of_two_ranks(rank, folder):
     got = kit.all_sum({"n": big * rank, "x": torch.tensor(0.5), "t": torch.tensor([[rank, 2.0]])})
     assert (got["n"], got["x"], got["t"].tolist()) == (big, 1.0, [[1.0, 4.0]])
     assert kit.gather({rank: "x"}) == {0: "x", 1: "x"}
+    asked = []                                      # ranks share the judge's calls, each once
+
+    def judge(rows, answers):
+        asked.extend(answers)
+        return [f"{row} {answer}" for row, answer in zip(rows, answers)]
+    task = SimpleNamespace(judge=judge)
+    assert tasks.judged(task, list("abc"), list("xyz")) == ["a x", "b y", "c z"]
+    assert asked == [["x", "z"], ["y"]][rank]
+    assert tasks.judged(task, ["d"], ["w"]) == ["d w"] and len(asked) == [3, 1][rank]
     torch.distributed.destroy_process_group()
 
 
@@ -1715,7 +1727,7 @@ def test_states_are_the_backbones_and_text_only_rows_are_projected():
     agent, batch = tiny_agent(), collated()
     e, e_t, states = agent.embeddings(batch), agent.text_embeddings(batch), agent.states(batch)
     off = copy.copy(agent)
-    off.structure = {**agent.structure, "no_projector": True}
+    off.structure = {**agent.structure, "without": ["projector"]}
     assert torch.equal(off.states(batch), e) and not states.requires_grad
     for b, ex in enumerate(examples()):             # padding and batch mates change nothing
         want = full_pass(ex)[0][-1][0, ex.text_index]
@@ -1813,6 +1825,32 @@ def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
         assert one.texts == r.texts[rows] and one.mask.sum() == r.mask[rows].sum()
         close(one.logps[one.mask], r.logps[rows][r.mask[rows]], 1e-4)
         assert rollout(agent, [prompt], 3, 10, 0.7, [50 + i]).texts != one.texts
+
+
+def test_recomputed_layers_keep_their_inputs_alone_and_have_the_same_gradient():
+    """Over rows and over a rollout; fails if `recompute` does not reach both."""
+    agent, r = copy.copy(tiny_agent()), roll()[1]
+    agent.structure = {**agent.structure, "policy_layers": 4}
+    agent.make("policy", seed=1)
+    states, kept = torch.randn(2, 64, agent.width), []
+
+    def keep(x):
+        kept[-1] += 0 if isinstance(x, nn.Parameter) else x.nbytes
+        return x
+    for function in (lambda: agent.policy(states, kit.text_positions(states)),
+                     lambda: replay(agent.policy, r)):
+        gradients = []
+        for agent.recompute in (False, True):
+            agent.train_only("policy")
+            kept.append(0)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                out = function()
+            out.square().mean().backward()
+            gradients.append([p.grad for p in agent.policy.layers.parameters()])
+            agent.policy.zero_grad(set_to_none=True)
+        assert kept[-1] < 0.2 * kept[-2]
+        for one, other in zip(*gradients, strict=True):
+            close(one, other, 1e-6)
 
 
 def test_split_prompts_by_hand():
@@ -2631,6 +2669,14 @@ def test_diversity_by_hand_and_mean_states_without_padding():
     assert tasks.backbone_embeddings(agent, 9, ["", "a"]).isfinite().all()
 
 
+def test_evaluated_prompts_are_spread_over_their_split():
+    task = SimpleNamespace(splits={"id": list(range(10)), "ood": [], "valid": [7, 8]})
+    assert tasks.chosen_splits(task, ["id", "ood"], None) == {"id": list(range(10))}
+    chosen = tasks.chosen_splits(task, ["ood", "valid", "id"], 4)
+    assert chosen == {"valid": [7, 8], "id": [0, 2, 5, 7]}
+    assert tasks.answers_of(chosen, {"greedy": (0.0, 1), "sampled": (1.0, 4)}) == 30
+
+
 def test_evaluation_draws_are_keyed_by_the_row():
     """Whatever other rows stand beside it, in whatever order and batches."""
     agent, rows = roll()[0], [*ROWS, row("What do you see?", row_id="a"),
@@ -2720,7 +2766,7 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path, capsys):
         with pytest.raises(UserError, match="--splits: task task has no prompts in ood"):
             tasks.main([str(folder), "--device", "cpu", "--splits", *splits])
     assert not (folder / "summary.json").exists()
-    for flags in (["--samples", "0"], ["--samples", "-1"], ["--prompts", "0"], ["--prompts", "-1"],
+    for flags in (["--samples", "0"], ["--samples", "-1"], ["--eval-prompts", "0"],
                   ["--max-new-tokens", "-1"], ["--max-new-tokens", "0"], ["--temperature", "-1"],
                   ["--temperature", "nan"], ["--temperature", "inf"], ["--min-p", "1.1"],
                   ["--min-p", "-0.1"], ["--min-p", "nan"], ["--tokens-at-once", "0"]):
@@ -2989,8 +3035,8 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
         assert {k for k in here if here[k] != other[k]} == {key}
     args = parsed(train_rl)
     mini_ = tasks.identity(args, "paired", "text", "task")
-    assert mini_ == {"codes": 4, "idm_layers": 2, "policy_layers": 2, "no_text": False,
-                     "no_projector": False, "no_cycle": False, "image_tokens": "4",
+    assert mini_ == {"codes": 4, "idm_layers": 2, "policy_layers": 2, "without": [],
+                     "image_tokens": "4",
                      **dict.fromkeys(("paired", "text", "task"), f"mini {tasks.MINI_VERSION}")}
     assert "task" not in tasks.identity(args, "paired", "text")
     monkeypatch.setattr(tasks, "MINI_VERSION", 0)
@@ -3056,7 +3102,7 @@ def test_projector_losses_by_brute_force():
             paired += nll(P, e_t[b, t], e[b, t]) + nll(Q, e[b, t], e_t[b, t])
         elif not batch.has_image[b]:
             cycle += nll(Q, P.mu(e[b, t]), e[b, t])
-    for with_cycle in (True, False):                # False: --no-cycle, and step 1
+    for with_cycle in (True, False):                # False: --without cycle, and step 1
         losses = stage1.projector_losses(agent, batch, e, with_cycle)
         assert list(losses) == ["paired", "cycle"]
         close(losses["paired"], paired, 1e-4)
@@ -3557,9 +3603,11 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, 6)[1]
     assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
     batches = train_rl.training_batches(parts, groups, kept, args, task.bounds)
-    assert torch.equal(torch.cat([A for _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
+    assert torch.equal(torch.cat([A for _, _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
         [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
         or [torch.zeros(0)]))
+    for r, some, A, mask in batches:
+        assert torch.equal(mask, r.select(some).mask) and len(mask) == len(A)
 
 
 def test_step_figures_by_hand():
@@ -3898,18 +3946,18 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("flags,absent", [
-    (["--no-text"], {"ce_text", "loss_cycle"}), (["--no-cycle"], {"loss_cycle"}),
-    (["--no-projector"], {"loss_paired", "loss_cycle"})])
+    (["--without", "text"], {"ce_text", "loss_cycle"}), (["--without", "cycle"], {"loss_cycle"}),
+    (["--without", "projector"], {"loss_paired", "loss_cycle"})])
 def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, quick, flags,
                                                                         absent):
     train_rl.main([*RL, *flags, *chain.files, "--task", chain.task, "--steps", "1", "--device",
                    "cpu", "--run-root", str(chain.root)])
-    tag = flags[0].replace("-", "")
+    tag = "-".join(flags).lstrip("-")
     for row in chain.log(f"idm-{tag}"):
         assert {k for k in ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
                 if not row[k]} == absent
     agent = Agent.from_run(chain.runs / f"{MAIN}-{tag}", "cpu")
-    assert (agent.projector is None) == (tag == "noprojector")
+    assert (agent.projector is None) == (tag == "without-projector")
 
 
 def test_chain_repeated_is_finished_and_other_arguments_are_refused(chain):
@@ -3958,7 +4006,7 @@ def damaged(folder):
         (folder / f"runs/tiny/projector-{name}/config.json").write_text(text)
 
 
-PAIRED = "train_projector --name bad --fresh --steps 9 --no-text --paired"
+PAIRED = "train_projector --name bad --fresh --steps 9 --without text --paired"
 BAD = [
     ("train_rl --nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("train_rl --algo ppo", "argument --algo: invalid choice: 'ppo'.*choose from"),
@@ -3997,7 +4045,7 @@ BAD = [
     ("train_bc --task t.jsonl --name bad", "--task: t.jsonl is neither"),
     ("train_bc --task bad-said.jsonl --name bad", "bad-said.jsonl:1: the last message must be"),
     ("eval MAIN --task bad-long.jsonl --splits valid", "task bad-long has no prompts in valid"),
-    ("train_projector --name bad --fresh --paired p.jsonl", "--paired without --text.*--no-text"),
+    ("train_projector --name bad --fresh --paired p.jsonl", "--paired and no --text.*--without text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
     ("train_bc --task nothing --name bad", "argument --task: nothing is neither mini"),
     ("eval MAIN --task bad-long.jsonl --splits id",
@@ -4015,12 +4063,12 @@ BAD = [
      "runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
      r"run first: python train_bc.py --model \S*/qwen --stage bc"),
-    ("train_projector --model llama --paired p.jsonl --no-text", "a llama model, not Qwen2.5-VL"),
-    ("train_projector --model nowhere --paired p.jsonl --no-text", "nowhere: cannot be loaded"),
-    ("train_projector --model ./nowhere --paired p.jsonl --no-text", "./nowhere: no such folder"),
+    ("train_projector --model llama --paired p.jsonl --without text", "a llama model, not Qwen2.5-VL"),
+    ("train_projector --model nowhere --paired p.jsonl --without text", "nowhere: cannot be loaded"),
+    ("train_projector --model ./nowhere --paired p.jsonl --without text", "./nowhere: no such folder"),
     ("train_projector --image-tokens many", "--image-tokens: many is neither a number nor HEIGHTx"),
-    ("train_idm --no-projector --parent runs/tiny/projector", "--parent: without a projector"),
-    ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --no-text",
+    ("train_idm --without projector --parent runs/tiny/projector", "--parent: without a projector"),
+    ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --without text",
      "Not a directory.*a.png/x.*check the path"),
     ("train_projector --name half", "config.json cannot be used.*--fresh"),
     ("train_projector --name list", "config.json cannot be used.*--fresh"),
@@ -4096,12 +4144,13 @@ def recorded(chain, commands):
 
 
 def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, commands, recorded):
-    """Rows, prompts and images are shared out unevenly, in micro-batches of one row or group;
-    fails if any denominator is local. Each stage starts from the same parents: the last first."""
+    """Rows, prompts and images are shared out unevenly, in micro-batches of one row or group, and
+    layers are computed again in the backward pass; fails if any denominator is local. Each stage
+    starts from the same parents: the last first."""
     shutil.copytree(chain.folder / "one", chain.folder / "two")
     again = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in commands.items()}
     other = chain.drive("two", dict(reversed(again.items())), ranks=2,
-                        common=["--tokens-at-once", "1"])
+                        common=["--tokens-at-once", "1", "--recompute"])
     for stage in commands:
         for a, b in zip(recorded[stage]["gradients"][0], other[stage]["gradients"][0], strict=True):
             assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8, stage
@@ -4114,6 +4163,34 @@ def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, c
         assert one.keys() == two.keys()
         for key in one:
             assert one[key] == pytest.approx(two[key], rel=1e-5, abs=2e-6), (log.parent.name, key)
+
+
+def test_chain_goes_on_with_another_number_of_ranks_on_the_same_data(chain, recorded):
+    """Two ranks until one is killed, then four: rows, prompts, noise and draws do not depend on
+    the number of ranks, so the logs are those of one rank up to rounding."""
+    commands = {"idm": ("train_idm", CORPUS),
+                "bnpo": ("train_rl", ["--algo", "bnpo", "--name", "four", "--eval-prompts", "1",
+                                      "--lr", "1e-4", *SHORT, "--prompts", "5"])}
+    for root in ("lone", "four"):
+        shutil.copytree(chain.folder / "one", chain.folder / root)
+        shutil.rmtree(chain.folder / root / "tiny/idm-idm1-policy1")
+    common = ["--steps", "4", "--parent"]
+    parents = ("projector-idm1-policy1", "sft-task-latent-idm1-policy1")
+    for (name, command), parent in zip(commands.items(), parents):
+        for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
+                                                     {"ranks": 4}])):
+            for run in runs:
+                chain.drive(root, {name: command}, common=[*common, f"{root}/tiny/{parent}"], **run)
+    for stage in ("idm-idm1-policy1", "rl-task-bnpo-latent-s0-idm1-policy1-four"):
+        lone, four = (chain.log(stage, chain.folder / root / "tiny") for root in ("lone", "four"))
+        assert len(lone) == len(four) == 4
+        for a, b in zip(lone, four):
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (stage, key)
+    reports = [json.loads((chain.folder / root / "tiny" / stage / "report.json").read_text())
+               for root in ("lone", "four")]
+    assert reports[0]["reward"]["id greedy"]["prompts"] == 1
+    assert reports[0]["reward"]["id sampled"] == pytest.approx(reports[1]["reward"]["id sampled"])
 
 
 def test_chain_noise_of_the_inverse_dynamics_model_is_keyed_by_the_step(chain, recorded):
@@ -4173,7 +4250,7 @@ def test_chain_token_space_and_its_evaluation(chain):
     chain.rl("--steps", "2", "--action-space", "token", "--algo", "dapo", quick=True)
     token = chain.runs / "rl-task-dapo-token-s0"
     assert {k.split(".")[0] for k in chain.weights(token.name)} == {"policy"}
-    said = chain.run("eval.py", str(chain.runs / MAIN), str(token), "--prompts", "1",
+    said = chain.run("eval.py", str(chain.runs / MAIN), str(token), "--eval-prompts", "1",
                      "--samples", "3")
     assert "best_of_3" in said and "reward, mean over seeds" in said
     summary = json.loads((token / "summary.json").read_text())
@@ -4390,7 +4467,7 @@ def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
             config, dtype=dtype, attn_implementation="sdpa").eval()
     processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
     agent = Agent(base, Encoder(tokenizer, processor, base.config), {
-        "codes": codes, "idm_layers": 4, "policy_layers": 8, "no_projector": False})
+        "codes": codes, "idm_layers": 4, "policy_layers": 8, "without": []})
     agent.encoder.stop_ids = torch.tensor([-1])
     return agent.make("projector", "idm", "codebook", "world", "policy").eval()
 

@@ -28,7 +28,7 @@ import eval as tasks
 import train_idm
 from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, fill,
                    folder_of, held_batches, key_seed, launch, make_parser, next_batches,
-                   optimizer_step, predecessor, text_positions, token_logprobs)
+                   optimizer_step, predecessor, say, text_positions, token_logprobs)
 from train_projector import ensure_base
 
 import torch
@@ -219,9 +219,9 @@ def main(argv=None):
         run.save(step + 1, state)
     if kind == "bc":
         run.report("policy, held out", bc_report(agent, held, args.tokens_at_once))
-    elif task.splits["valid"]:
-        table, samples = tasks.evaluate(agent.eval(), task, {"valid": task.splits["valid"]},
-                                        args.seed, args.tokens_at_once)
+    elif splits := tasks.chosen_splits(task, ["valid"], args.eval_prompts):
+        say(f"answers to be judged: {tasks.answers_of(splits, tasks.MODES)}")
+        table, samples = tasks.evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once)
         run.report("reward, validation prompts", tasks.without_dimensions(task, table))
         run.append("samples.jsonl", samples[:20])
     run.finish(**modules)

@@ -128,10 +128,11 @@ def main(argv=None):
     args = fill(arguments().parse_args(argv), DEFAULTS["idm"])
     identity = tasks.identity(args, "paired", "text")
     ensure_base(args)
-    if args.no_projector and args.parent:
+    if "projector" in args.without and args.parent:
         raise UserError("--parent: without a projector this stage starts from the base alone")
-    parent = None if args.no_projector else predecessor(args, identity, "projector",
-                                                        train_projector)
+    parent = None
+    if "projector" not in args.without:
+        parent = predecessor(args, identity, "projector", train_projector)
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
     if parent:
         agent.load_run(parent)
@@ -166,7 +167,7 @@ def main(argv=None):
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
                        "entropy": -neg_entropy.sum()}
             if parent:
-                projected = projector_losses(agent, batch, e, cycle=not args.no_cycle)
+                projected = projector_losses(agent, batch, e, cycle="cycle" not in args.without)
                 loss = loss + sum(projected[name] / counts[name] for name in projected)
                 figures |= projected
             loss.backward()

@@ -141,7 +141,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
-        joint = step >= args.paired_steps and not args.no_cycle
+        joint = step >= args.paired_steps and "cycle" not in args.without
         batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else
                                         ("paired",), args.tokens_at_once)
         counts, totals = projector_counts(batches), {"paired": 0.0, "cycle": 0.0}

@@ -313,9 +313,9 @@ def varies(rewards: Tensor) -> bool:
 
 
 def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
-                  chosen: list[int], args, bounds) -> list[tuple[Rollout, Tensor, Tensor]]:
-    """(rollout, advantages (N,), loss mask (N, T)) of the chosen places on this rank, in whole
-    groups, so that a prompt is one pass of the policy for all its answers."""
+                     chosen: list[int], args, bounds) -> list[tuple]:
+    """(rollout, which of its prompts, advantages (N,), loss mask (N, T)) of the chosen places on
+    this rank, in whole groups, so that a prompt is one pass of the policy for all its answers."""
     batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
                                       for group in groups.values()])
     for r, places in parts:
@@ -325,8 +325,9 @@ def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, d
         for some in (index[i:i + per] for i in range(0, len(index), per)):
             rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
             A = advantages(rewards, args.scale, bounds, all_p[~all_p.isnan()])
-            part, judged = r.select(some), ~rewards.isnan().view(-1, 1).to(r.mask.device)
-            batches.append((part, A.view(-1).to(r.mask.device), part.mask & judged))
+            judged = ~rewards.isnan().to(r.mask.device)                              # (P, G)
+            mask = r.mask.view(len(places), args.group_size, -1)[some] & judged[..., None]
+            batches.append((r, some, A.view(-1).to(r.mask.device), mask.flatten(0, 1)))
     return batches
 
 
@@ -355,8 +356,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
              for places in steps]
     several = args.inner_epochs * MINIBATCHES > 1
     with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
-        old = {id(r): statistics(r, mask)[0] for _, batches in steps for r, _, mask in batches
-               if several and mask.any()}
+        old = {id(mask): statistics(r.select(some), mask)[0] for _, batches in steps
+               for r, some, _, mask in batches if several and mask.any()}
     for places, batches in steps * args.inner_epochs:
         own_tokens = sum(int(mask.sum()) for *_, mask in batches)
         n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
@@ -365,11 +366,12 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
             continue
         if args.aggregate == "local":
             n["tokens"] = max(1, own_tokens) * world_size()
-        for r, A, mask in batches:
+        for r, some, A, mask in batches:
             if not mask.any():
                 continue
+            r = r.select(some)                          # a copy of its states, for this pass alone
             logps, entropy, ref_logps, exact = statistics(r, mask, reference)
-            answer, old_logps = mask.nonzero()[:, 0], old.get(id(r), logps.detach())
+            answer, old_logps = mask.nonzero()[:, 0], old.get(id(mask), logps.detach())
             loss = surrogate(logps, old_logps, A[answer], *args.clip)
             kl = torch.zeros_like(logps)
             if reference is not None:
@@ -441,7 +443,7 @@ def plan(args, warm_start: str) -> str:
     that takes."""
     stages = {"base": model_root(args) / "base", "sft": folder_of(args, warm_start)}
     if args.action_space == "latent":
-        names = ("idm", "bc") if args.no_projector else ("projector", "idm", "bc")
+        names = ("idm", "bc") if "projector" in args.without else ("projector", "idm", "bc")
         stages = {"base": stages["base"], **{name: folder_of(args, name) for name in names},
                   "sft": stages["sft"]}
     told = [f"{name} ({'there' if (folder / 'model.safetensors').exists() else MINUTES[name]})"
@@ -477,11 +479,13 @@ def main(argv=None):
     if run.finished:
         return
     modules = agent.train_only("policy")
-    splits = {name: task.splits[name] for name in args.splits if task.splits[name]}
-    n_prompts = sum(map(len, splits.values()))
-    if args.judge_url:
-        say(f"judge calls: {args.prompts * args.group_size} a step at least, and {10 * n_prompts} "
-            "for the evaluation before and after")
+    splits = tasks.chosen_splits(task, args.splits, args.eval_prompts)
+    n_prompts, modes = sum(map(len, splits.values())), {"greedy": (0.0, 1),
+                                                        "sampled": (args.temperature, 4)}
+    answers = args.steps * args.prompts * args.group_size
+    more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
+    say(f"answers to be judged: {answers}{more} in training, "
+        f"{2 * tasks.answers_of(splits, modes)} in the evaluation before and after")
     initial = None                                  # the start, and the KL's reference
     if args.beta or splits:
         initial = copy.deepcopy(agent.policy).requires_grad_(False)
@@ -510,7 +514,7 @@ def main(argv=None):
                  "reward": None if math.isnan(reward) else reward}
                 for text, reward in zip(groups[0]["texts"], groups[0]["rewards"].tolist())])
         run.save(step + 1, state)
-    entries, modes = {}, {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
+    entries = {}
     if splits:
         say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
         for name, policy in (("before", initial), ("after", agent.policy)):

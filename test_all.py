@@ -34,6 +34,7 @@ import time
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -4168,20 +4169,19 @@ def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, c
 def test_chain_goes_on_with_another_number_of_ranks_on_the_same_data(chain, recorded):
     """Two ranks until one is killed, then four: rows, prompts, noise and draws do not depend on
     the number of ranks, so the logs are those of one rank up to rounding."""
-    commands = {"idm": ("train_idm", CORPUS),
+    commands = {"idm": ("train_idm", [*CORPUS, "--name", "four"]),
                 "bnpo": ("train_rl", ["--algo", "bnpo", "--name", "four", "--eval-prompts", "1",
                                       "--lr", "1e-4", *SHORT, "--prompts", "5"])}
     for root in ("lone", "four"):
         shutil.copytree(chain.folder / "one", chain.folder / root)
-        shutil.rmtree(chain.folder / root / "tiny/idm-idm1-policy1")
     common = ["--steps", "4", "--parent"]
     parents = ("projector-idm1-policy1", "sft-task-latent-idm1-policy1")
-    for (name, command), parent in zip(commands.items(), parents):
+    for (name, command), parent in zip(commands.items(), parents, strict=True):
         for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
                                                      {"ranks": 4}])):
             for run in runs:
                 chain.drive(root, {name: command}, common=[*common, f"{root}/tiny/{parent}"], **run)
-    for stage in ("idm-idm1-policy1", "rl-task-bnpo-latent-s0-idm1-policy1-four"):
+    for stage in ("idm-idm1-policy1-four", "rl-task-bnpo-latent-s0-idm1-policy1-four"):
         lone, four = (chain.log(stage, chain.folder / root / "tiny") for root in ("lone", "four"))
         assert len(lone) == len(four) == 4
         for a, b in zip(lone, four):
@@ -4381,10 +4381,11 @@ def test_the_plans_backbones_have_the_published_numbers_of_parameters():
         close(sum(p.numel() for p in base.parameters()) / 1e9, billions, 0.01 * billions)
 
 
-def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new):
+def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new, recompute):
     """Peak GB of all tensors of a real step of `medium` in fp32, from building the model on."""
     with AliveBytes() as alive:
         agent = benchmark_agent("medium", "cpu")
+        agent.recompute = recompute
         if stage == "idm":
             agent.policy = None
             names = ("projector", "idm", "codebook", "world")
@@ -4408,21 +4409,24 @@ def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new):
                 loss = sum(map(torch.sum, losses)) + sum(stage1.projector_losses(
                     agent, batch, e, cycle=True).values())
             else:
-                r = rollout(agent, examples_, group, new, 1.0, list(range(prompts)))
+                rolled = [rollout(agent, [examples_[i] for i in part], group, new, 1.0, part)
+                          for part in kit.split_prompts(examples_, group, new, tokens_at_once)]
                 per = max(1, tokens_at_once // (prompt_tokens + group * new))
-                some = r.select(list(range(min(per, prompts))))
-                h = replay(agent.policy, some)[some.mask]
-                loss = action_statistics(agent.policy, h, some.actions[some.mask])[0].sum()
+                r = rolled[0].select(list(range(min(per, len(rolled[0].prompt)))))
+                h = replay(agent.policy, r)[r.mask]
+                loss = action_statistics(agent.policy, h, r.actions[r.mask])[0].sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return alive.peak / 1e9
 
 
-@pytest.mark.parametrize("stage", ["idm", "rl latent, update"])
-def test_the_memory_plan_is_what_is_counted(stage):
-    options = dict(tokens_at_once=2048, group=8, prompts=2, prompt_tokens=256, new=64)
-    planned = memory_plan("medium", **options, dtype=torch.float32)[stage]["total"]
+@pytest.mark.parametrize("stage,recompute", [("idm", True), ("rl latent", False)])
+def test_the_memory_plan_is_what_is_counted(stage, recompute):
+    options = dict(tokens_at_once=2048, group=8, prompts=2, prompt_tokens=256, new=64,
+                   recompute=recompute)
+    table = memory_plan("medium", **options, dtype=torch.float32)
+    planned = max(row["total"] for name, row in table.items() if name.startswith(stage))
     assert planned == pytest.approx(counted_bytes(stage, **options), rel=0.15)
 
 
@@ -4474,9 +4478,9 @@ def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
 
 def benchmark_row(agent, length, image=True):
     """A row of about `length` tokens, 150 of them of a 280 x 420 picture."""
-    words = "a b " * ((length - IMAGE_TOKENS * image) // 2)
+    words = "a b " * max(1, (length - IMAGE_TOKENS * image) // 2)
     n = len(agent.encoder.tokenizer.encode(words)) / (len(words) / 4)
-    words = "a b " * int((length - IMAGE_TOKENS * image - 24) / n)
+    words = "a b " * max(1, int((length - IMAGE_TOKENS * image - 24) / n))
     return row("<image>" * image + words, "a b", [picture(420, 280)] if image else [])
 
 
@@ -4497,12 +4501,14 @@ def timed(functions, rounds, device):
 
 
 def usual_inputs(agent, prompt, copies):
-    pixels = agent.encoder.pixels(prompt).to(agent.device, agent.dtype)
     ids = prompt.ids[None].expand(copies, -1).to(agent.device)
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.repeat(copies, 1),
-                image_grid_thw=prompt.grids.repeat(copies, 1).to(agent.device),
-                mm_token_type_ids=(ids == agent.encoder.image_token).int())
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
+                  mm_token_type_ids=(ids == agent.encoder.image_token).int())
+    if len(prompt.grids):
+        pixels = agent.encoder.pixels(prompt).to(agent.device, agent.dtype)
+        inputs |= {"pixel_values": pixels.repeat(copies, 1),
+                   "image_grid_thw": prompt.grids.repeat(copies, 1).to(agent.device)}
+    return inputs
 
 
 def machine_limits(device, dtype):
@@ -4733,6 +4739,9 @@ class AliveBytes(TorchDispatchMode):
         self.alive -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for x in tree_leaves((args, kwargs)):       # what was there before: weights
+            if isinstance(x, torch.Tensor):
+                self.known.add(x.untyped_storage())
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
@@ -4757,13 +4766,15 @@ def peak_of(function, dtype, *modules) -> int:
     return max(0, alive.peak - gradients)
 
 
-def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1024, new=1024,
-                dtype=torch.bfloat16, codes=128, idm_layers=4, policy_layers=8) -> dict[str, dict]:
-    """Peak GB of every stage on one card, by what takes it: stage -> figures.
+def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1024, new=1024,
+                recompute=False, dtype=torch.bfloat16, codes=128, idm_layers=4, policy_layers=8
+                ) -> dict[str, dict]:
+    """Peak GB of every stage on one card, by what takes it: stage -> figures. `reduced` is what an
+    optimiser step sums over several cards.
 
     Weights, gradients, AdamW's moments, copies, caches and kept states by formula; what the trained
     stacks keep for their backward pass from a run of the stages' own losses on fake tensors."""
-    config, word = shape_config(shape), dtype.itemsize
+    config, word = config if hasattr(config, "text_config") else shape_config(config), dtype.itemsize
     text, N = config.text_config, tokens_at_once
     width, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
     with FakeTensorMode():
@@ -4774,6 +4785,8 @@ def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1
              "world": WorldModel(width, text.intermediate_size),
              "policy": CausalStack(text, policy_layers, codes),
              "token policy": CausalStack(text, min(policy_layers, layers), vocab)}
+        for module in m.values():
+            module.recompute = recompute
         rows = max(1, N // 512)                     # a corpus micro-batch: rows of 512 tokens
         states = torch.zeros(rows, N // rows, width, dtype=dtype)
         flat, targets = states.view(1, -1, width), torch.zeros(N - 1, dtype=torch.long)
@@ -4792,8 +4805,10 @@ def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1
             h = stack.hidden(states, kit.text_positions(states)).view(-1, width)
             return token_logprobs(stack.head, h[1:], targets, agent.token_bias)
 
+        part = min(prompts, max(1, N // (group * (prompt_tokens + new))))   # prompts of a rollout
+        per = min(part, max(1, N // (prompt_tokens + group * new)))         # and of an update's pass
+
         def updated(stack, bias=None):
-            per = min(prompts, max(1, N // (prompt_tokens + group * new)))
             n = per * group
             r = kit.Rollout([], *torch.zeros(2, n, new, dtype=torch.long), torch.zeros(n, new),
                             torch.ones(n, new, dtype=torch.bool), torch.ones(n),
@@ -4814,8 +4829,10 @@ def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1
         held = {                                    # activations of the trained stacks
             "projector": peak_of(lambda: stage1.paired_loss(m["projector"], e, e), dtype,
                                  m["projector"]),
-            "idm": peak_of(lambda: train_idm.inverse_losses(
-                agent, batch, flat, torch.zeros(1, N, codes))[0], dtype, *m.values()),
+            "idm": peak_of(lambda: stage1.paired_loss(m["projector"], e, e) + sum(map(
+                torch.sum, train_idm.inverse_losses(agent, batch, flat,
+                                                    torch.zeros(1, N, codes))[:2])),
+                           dtype, *m.values()),
             "bc": peak_of(lambda: train_bc.code_losses(agent, batch, merge=False)[0], dtype,
                           *m.values()),
             "sft": peak_of(lambda: sum(train_bc.code_losses(agent, batch, merge=True)[:2]), dtype,
@@ -4832,23 +4849,25 @@ def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1
 
     # Bytes a layer keeps of a token: keys and values.
     pair = 2 * text.num_key_value_heads * (width // text.num_attention_heads) * word
-    part = min(prompts, max(1, N // (group * (prompt_tokens + new))))       # prompts a rollout
     cache = pair * part * (prompt_tokens + group * (prompt_tokens + new))
-    kept = prompts * (prompt_tokens + group * new) * width * word
+    kept = (prompt_tokens + group * new) * width * word                     # states of a prompt
     table = {}
 
     def stage(name, trained, others=(), gradients=True, **more):
         n = sum(size[one] for one in trained)
+        # On a GPU AdamW makes one more tensor of each weight's size, when activations are gone.
+        more["activations"] = max(more["activations"], 4 * n * gradients)
         parts = {"weights": 4 * n + word * sum(size[one] for one in ("base", *others)),
                  "gradients": 4 * n * gradients, "AdamW": 8 * n, **more}
         table[name] = {what: value / 1e9 for what, value in parts.items()}
         total = table[name]["total"] = sum(table[name].values())
+        table[name]["reduced"] = 4 * n * gradients / 1e9
         table[name]["card"] = next((f"{card} GB" for card in CARDS if total <= 0.9 * card), "none")
     stage("projector", ("projector",), states=3 * N * width * word + 2 * N * width * 4,
           activations=max(held["projector"], frozen))
     latent = ("idm", "codebook", "world")
     stage("idm", (*latent, "projector"), states=3 * N * width * word,
-          activations=max(held["idm"] + held["projector"], frozen))
+          activations=max(held["idm"], frozen))
     stage("bc", ("policy",), (*latent, "projector"), states=2 * N * width * word,
           activations=max(held["bc"], frozen))
     stage("sft latent", ("policy", "world"), ("idm", "codebook", "projector"),
@@ -4866,9 +4885,13 @@ def memory_plan(shape, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1
         n, own_layers = size[policy], policy_layers * (space == "latent")
         stage(f"rl {space}, rollout", (policy,), others, gradients=False, reference=4 * n,
               copies=word * n * (word < 4), caches=cache * (layers + own_layers),
-              states=kept, activations=frozen)
-        stage(f"rl {space}, update", (policy,), others, reference=4 * n, states=2 * kept,
+              states=prompts * kept, activations=frozen)
+        stage(f"rl {space}, update", (policy,), others, reference=4 * n,
+              states=(prompts + per) * kept,
               activations=held["rl" if space == "latent" else "rl token"])
+        # eval.py has a second backbone, the same yardstick of diversity for all runs.
+        stage(f"evaluation {space}", (), (policy, *others, "base"), gradients=False,
+              caches=cache * (layers + own_layers), states=part * kept, activations=frozen)
     return table
 
 
@@ -4876,8 +4899,135 @@ def memory(shape, options):
     """Print the plan and what it rests on."""
     print(f"{shape}, one card, bfloat16 backbone, fp32 masters: {options}\n")
     print(kit.format_table("peak GB", memory_plan(shape, **options)))
-    print("\nactivations bend to --tokens-at-once, caches and states also to --prompts a rank, "
-          "--group-size and --max-new-tokens; a card keeps a tenth free")
+    print("\nactivations bend to --tokens-at-once and --recompute, caches and states also to "
+          "--prompts a rank, --group-size and --max-new-tokens; a card keeps a tenth free; "
+          "`reduced` is what an optimiser step sums over several cards")
+
+
+# ---- python test_all.py --check FOLDER_OR_ID: does the method hold on this checkpoint? ---------
+
+# The largest logit by which a token of an untrained world model may trail the base's best, which
+# another order of sums in that dtype explains.
+SHORTFALL = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+@torch.no_grad()
+def rollout_checks(agent: Agent, prompts, new) -> dict[str, dict]:
+    """Of an agent whose modules are untrained: what must hold on any checkpoint -> figures."""
+    model, worst = agent.backbone.model, {"positions": 0, "greedy": 0.0, "replay": 0.0}
+    for prompt in prompts:
+        r = rollout(agent, [prompt], 2, new, 1.0, [0])
+        with agent.autocast():
+            h = replay(agent.policy, r)[r.mask]
+            logps = action_statistics(agent.policy, h, r.actions[r.mask])[0]
+        worst["replay"] = max(worst["replay"], (logps - r.logps[r.mask]).abs().mean().item())
+        own = r.tokens[0][r.mask[0]]                # both answers are the base's greedy one
+        inputs = usual_inputs(agent, replace(prompt, ids=torch.cat([prompt.ids, own.cpu()])), 1)
+        logits = agent.backbone(**inputs).logits[0, len(prompt) - 1:-1].float() + agent.token_bias
+        short = logits.max(-1).values - logits.gather(1, own[:, None])[:, 0]
+        worst["greedy"] = max(worst["greedy"], short.max().item())
+        theirs = model.get_rope_index(
+            prompt.ids[None], mm_token_type_ids=(prompt.ids == agent.encoder.image_token).int()[
+                None], image_grid_thw=prompt.grids if len(prompt.grids) else None)[0][:, 0]
+        worst["positions"] = max(worst["positions"], int((prompt.positions.T - theirs).abs().max()))
+    limits = {"positions": ("positions, largest difference from transformers'", 0),
+              "greedy": ("untrained world model, largest logit behind the base's best",
+                         SHORTFALL[agent.dtype]),
+              "replay": ("rollout against replay, mean difference of log-probs",
+                         train_rl.ROLLOUT_TOLERANCE[agent.dtype])}
+    return {label: {"holds": "yes" if worst[name] <= limit else "NO", "found": f"{worst[name]:.2g}",
+                    "wanted": f"at most {limit:g}"} for name, (label, limit) in limits.items()}
+
+
+def check(model, device, judge, options) -> bool:
+    """Print what holds on a checkpoint: invariants of the rollout, one step of every stage with its
+    peak memory beside the plan's, one judge call; whether all does."""
+    if os.path.isdir(model):
+        model = os.path.abspath(model)
+    with tempfile.TemporaryDirectory() as folder:
+        root, flags = Path(folder), ["--model", model, "--device", device, "--run-root", folder]
+        args, errors = train_rl.arguments().parse_args(flags + judge), []
+        agent = Agent.from_base(kit.fill(args, train_rl.DEFAULTS["latent"]))
+        agent.make("projector", "codebook", "world", "policy").train_only()
+        print(f"{model}: {agent.dtype} on {agent.device.type}, {options}", flush=True)
+        picture(420, 280).save(root / "a.png")
+        rows = [{**benchmark_row(agent, options["prompt_tokens"], image), "id": str(n)}
+                for n in range(12) for image in (True, False)]
+        for r in rows:
+            r["images"] = [str(root / "a.png")] * len(r["images"])
+        prompts = [agent.encoder.encode(r, prompt=True) for r in rows[:2]]
+        found = rollout_checks(agent.eval(), prompts, options["new"])
+        if judge:
+            args.task = write(root / "one.jsonl", rows[:1])
+            task = tasks.load_task(args)
+            (reply,) = task.judge(*([r] for r in (task.splits["id"][0], "a b")))
+            scores = task.scores(reply)
+            found["one call of the judge"] = {"holds": "NO" if scores is None else "yes",
+                                              "found": scores and f"reward {task.reward(reply):.3g}",
+                                              "wanted": "scores for every dimension"}
+        dtype, config = agent.dtype, agent.backbone.config
+        del agent
+        files = {name: write(root / f"{name}.jsonl", part) for name, part in (
+            ("paired", rows[::2]), ("text", rows[1::2]),
+            ("task", [{**r, "split": split} for r in rows for split in ("sft", "rl")]))}
+        flags += ["--paired", files["paired"], "--text", files["text"], "--steps", "1",
+                  "--tokens-at-once", str(options["tokens_at_once"])]
+        flags += ["--recompute"] * options["recompute"]
+        corpus, task = ["--batch-tokens", str(options["tokens_at_once"])], ["--task", files["task"]]
+        rl = ["--splits", "--prompts", str(options["prompts"]), "--group-size",
+              str(options["group"]), "--max-new-tokens", str(options["new"]), *task]
+        token = ["--action-space", "token"]
+        plan = memory_plan(config, **options, dtype=dtype)
+        for stage, command in {
+                "projector": ["train_projector", *corpus], "idm": ["train_idm", *corpus],
+                "bc": ["train_bc", "--stage", "bc", *corpus],
+                "sft latent": ["train_bc", *task, *corpus],
+                "sft token": ["train_bc", *token, *task, *corpus],
+                "rl latent": ["train_rl", *rl], "rl token": ["train_rl", *token, *rl]}.items():
+            print(f"one step of {stage} ...", flush=True)
+            done = subprocess.run([sys.executable, str(HERE / f"{command[0]}.py"), *command[1:],
+                                   *flags], env=ENV, capture_output=True, text=True)
+            planned = max(row["total"] for name, row in plan.items() if name.startswith(stage))
+            figures = {"holds": "NO", "found": "see below", "wanted": f"planned {planned:.3g} GB"}
+            if done.returncode:
+                errors.append((done.stdout + done.stderr).strip().splitlines()[-1])
+            else:
+                log = max(root.rglob("log.jsonl"), key=lambda log: log.stat().st_mtime)
+                peak = json.loads(log.read_text().splitlines()[-1])["peak_memory"]
+                figures |= {"holds": "yes", "found": f"{peak / 1e9:.3g} GB"}
+            found[f"one step of {stage}"] = figures
+    print("\n" + kit.format_table("check", found), *errors, sep="\n")
+    return all(row["holds"] == "yes" for row in found.values())
+
+
+def test_rollout_checks_hold_on_an_untrained_agent_and_tell_a_trained_one():
+    agent = copy.deepcopy(tiny_agent())
+    agent.make("projector", "codebook", "world", "policy").eval()
+    prompts = examples(prompt=True)[:2]
+    assert [row["holds"] for row in rollout_checks(agent, prompts, 8).values()] == ["yes"] * 3
+    shake(agent.world, 0.5)
+    assert [row["holds"] for row in rollout_checks(agent, prompts, 8).values()] == [
+        "yes", "NO", "yes"]
+
+
+def test_chain_check_of_a_checkpoint(chain, capsys):
+    """Any Qwen2.5-VL folder: untied here, in shards; one that lacks the index of its shards."""
+    options = {**CHECK, "tokens_at_once": 600, "prompt_tokens": 250, "new": 8, "recompute": True}
+    server = FakeJudge(tasks.DIMENSIONS)
+    judge = ["--judge-url", server.url, "--judge-model", "m"]
+    assert check(str(chain.folder / "qwen"), "cpu", judge, options), capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("yes") == 11 and "one call of the judge" in said and "NO" not in said
+    server.shutdown()
+    broken = chain.folder / "broken"
+    shutil.copytree(chain.folder / "qwen", broken)
+    (broken / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="broken: cannot be loaded"):
+        check(str(broken), "cpu", [], options)
+
+
+# The stages of a check are as short as this, unless flags say otherwise.
+CHECK = {"tokens_at_once": 2048, "group": 4, "prompts": 2, "prompt_tokens": 512, "new": 32}
 
 
 if __name__ == "__main__":
@@ -4885,15 +5035,28 @@ if __name__ == "__main__":
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES)
     what.add_argument("--memory", choices=SHAPES)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="benchmark")
+    what.add_argument("--check", metavar="FOLDER_OR_ID", help="of a Qwen2.5-VL checkpoint: positions, "
+                      "rollouts, one step of every stage, memory beside the plan")
+    parser.add_argument("--judge-url", help="check: one call of this judge")
+    parser.add_argument("--judge-model", help="check: its name there")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
+                        help="benchmark and check (default: cpu)")
     parser.add_argument("--part", action="store_true", help="used by the benchmark itself")
     sizes = {"tokens_at_once": 16384, "group": 8, "prompts": 8, "prompt_tokens": 1024, "new": 1024}
     for name, flag in zip(sizes, ("--tokens-at-once", "--group-size", "--prompts",
                                   "--prompt-tokens", "--max-new-tokens")):
-        parser.add_argument(flag, dest=name, type=kit.count, default=sizes[name],
-                            help=f"memory: (default: {sizes[name]})")
+        parser.add_argument(flag, dest=name, type=kit.count,
+                            help=f"memory, check (default: {sizes[name]}, {CHECK[name]})")
+    parser.add_argument("--recompute", action="store_true", help="memory, check: with that flag")
     given = parser.parse_args()
+    usual = CHECK if given.check else sizes
+    options = {name: getattr(given, name) or usual[name] for name in sizes}
+    options["recompute"] = given.recompute
     if given.memory:
-        memory(given.memory, {name: getattr(given, name) for name in sizes})
+        memory(given.memory, options)
+    elif given.check:
+        judge = ["--judge-url", given.judge_url, "--judge-model", given.judge_model]
+        kit.launch(lambda _: sys.exit(not check(
+            given.check, given.device, judge * bool(given.judge_url), options)))
     else:
         benchmark(given.benchmark, given.device, given.part)

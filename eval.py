@@ -758,7 +758,8 @@ def pcogalign_task(root: Path) -> Task:
     test its golden-test; location set 2's golden-test (HCSHR) is the other test. The published
     files have no reference answers: `make_references` makes the golden files."""
     def row_of(n, raw):
-        image, info = existing(root / raw["image"]["file_path"], "picture"), raw.get("eval_info", {})
+        image = existing(root / raw["image"]["file_path"], "picture")
+        info = raw.get("eval_info", {})
         return {
             "id": f"{part}-{n}", "images": [str(image)], "persona": roles_of(raw),
             "messages": [{"role": "system", "content":
@@ -1181,7 +1182,8 @@ STYLE = """:root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: auto; padding: 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 td, th { padding: .1rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: pre }
-td:first-child, th:first-child { text-align: left }
+td:first-child, th:first-child { text-align: left; white-space: normal; min-width: 7rem;
+  overflow-wrap: anywhere }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem 0; border-top: 1px solid #8884 }
 .row > div { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere }
 img { width: 8rem; height: max-content }
@@ -1194,11 +1196,11 @@ CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_pe
 
 def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     """A chart of name -> (x, y) points in their order, both axes marked at their ends; "" if there
-    is nothing to draw."""
+    is nothing to draw or all is 0."""
     lines = {name: finite for name, line in lines.items()
              if (finite := [p for p in line if all(map(math.isfinite, p))])}
     points = [p for line in lines.values() for p in line]
-    if not points:
+    if not any(y for _, y in points):
         return ""
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     parts = [f'<text x="45" y="14" font-weight="bold">{html.escape(title)}</text>']
@@ -1277,11 +1279,13 @@ def atlas_html(name: str, entry: dict, rows: dict[str, dict]) -> str:
             f"{html_table('one answer, token', steps)}</details>")
 
 
-def page(task: Task, title: str, entries: dict[str, dict], dialogues: int = 12) -> str:
+def page(task: Task, title: str, entries: dict[str, dict], tables: dict[str, dict] | None = None,
+         dialogues: int = 12) -> str:
     """One self-contained HTML page of several runs, or of one before and after its training.
 
     entries: name -> {"predictions", and where there are any "log" (rows of log.jsonl), "trace"
-    (steps of `trace`), "idm" (of `idm_shares`)}. Gains are over the first entry.
+    (steps of `trace`), "idm" (of `idm_shares`)}. Gains are over the first entry. `tables`, by
+    title, come first.
     """
     rows = {row["id"]: row for split in task.splits.values() for row in split}
     (first, base), *others = entries.items()
@@ -1289,13 +1293,20 @@ def page(task: Task, title: str, entries: dict[str, dict], dialogues: int = 12) 
                  for key, part in by_split_and_mode(entry["predictions"]).items()}
     parts = [f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
              f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}"
-             "</h1>", html_table("reward", without_dimensions(task, summaries))]
+             "</h1>", *(html_table(*table) for table in (tables or {}).items())]
+    gains, by_group = {}, []
     for name, entry in others:
-        parts.append(html_table(f"gain, {first} to {name}", gain_table(
-            task, base["predictions"], entry["predictions"])))
+        gains[name] = {
+            key: f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for key, row in
+            gain_table(task, base["predictions"], entry["predictions"]).items()}
         sides = ([p for p in one["predictions"] if p["mode"] == "greedy"] for one in (base, entry))
-        parts.append("<details><summary>greedy, by group</summary>" + html_table(
-            "", gains_by_group(task, *sides, rows)) + "</details>")
+        by_group.append(html_table(name, gains_by_group(task, *sides, rows)))
+    if gains:
+        parts.append(html_table(f"gain over {first}, 95 % over prompts", gains))
+        parts.append(f"<details><summary>greedy reward, {html.escape(first)} and others, by group"
+                     f"</summary>{''.join(by_group)}</details>")
+    parts.append(f"<details{' open' * (len(entries) < 4)}><summary>all figures</summary>"
+                 f"{html_table('reward', without_dimensions(task, summaries))}</details>")
     parts += [svg_lines(curve, {name: [(row["step"], row[curve]) for row in entry.get("log", ())
                                        if row.get(curve) is not None]
                                 for name, entry in entries.items()}) for curve in CURVES]
@@ -1370,8 +1381,8 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
     places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
     texts -> (N, d)) are taken within a prompt's answers; word as in `atlas`. Failed judgements are
-    left out and counted. Ranks share the judge's calls. In latent space a prediction holds the `tokens` and `codes` of its first answer, from which `atlas` tells what
-    codes do.
+    left out and counted. Ranks share the judge's calls. In latent space a prediction holds the
+    `tokens` and `codes` of its first answer, from which `atlas` tells what codes do.
     """
     table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
     for split, rows in splits.items():
@@ -1406,7 +1417,8 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
 def judged(task: Task, rows: list[dict], answers: list[str]) -> list[str | None]:
     """The judge's replies, on all ranks: each calls it for its own share."""
     mine = range(rank(), len(rows), world_size())
-    replies = gather(dict(zip(mine, task.judge([rows[i] for i in mine], [answers[i] for i in mine]))))
+    own = task.judge([rows[i] for i in mine], [answers[i] for i in mine])
+    replies = gather(dict(zip(mine, own)))
     return [replies[i] for i in range(len(rows))]
 
 
@@ -1591,13 +1603,16 @@ def main(argv=None):
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
         say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
             "gives all the same")
+    tables = {}
     if len(summaries) > 1:
-        say("\n" + format_table("reward, mean over seeds (deviation)", compare(summaries)))
-        if any(len(group) > 1 for group in by_seed(summaries).values()):
-            say("\n" + format_table("difference, mean and 95 % t-interval over seeds",
-                                    gains_over_first(summaries)))
+        tables["reward, mean over seeds (deviation)"] = compare(summaries)
+        tables["difference, mean and 95 % t-interval over seeds"] = gains_over_first(summaries)
+    tables = {name: rows for name, rows in tables.items() if rows}
+    for name, rows in tables.items():
+        say("\n" + format_table(name, rows))
     if args.report and rank() == 0:
-        write_page(Path(args.report), page(task, f"{len(entries)} runs on {task.name}", entries))
+        write_page(Path(args.report), page(task, f"{len(entries)} runs on {task.name}", entries,
+                                           tables))
 
 
 def talk(agent: Agent, args):
@@ -1657,13 +1672,14 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # by
 def t_interval(differences) -> tuple[float, float]:
     """Mean of paired differences and the half width of its 95 % t-interval; beyond ten of them the
     quantile of ten, which makes it slightly too wide."""
-    half = T_975[min(len(differences), 10) - 2] * np.std(differences, ddof=1) / math.sqrt(len(differences))
+    n = len(differences)
+    half = T_975[min(n, 10) - 2] * np.std(differences, ddof=1) / math.sqrt(n)
     return float(np.mean(differences)), float(half)
 
 
 def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
-    """Each group's reward less the first group's, paired by run root and seed, with its t-interval;
-    warm starts are one a run root."""
+    """Each group's reward less the first group's, paired by run root and seed, with its t-interval,
+    if there are two pairs; warm starts are one a run root."""
     (first, base), *others = by_seed(summaries).items()
     base = base | {root: table for (root, _), table in base.items() if "/rl-" not in first}
     rows = {}
@@ -1671,10 +1687,11 @@ def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
         pairs = [(base.get((root, seed), base.get(root)), table)
                  for (root, seed), table in group.items()]
         pairs = [(before, after) for before, after in pairs if before]
-        rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
-            key: "{:+.3f} ± {:.3f}".format(*t_interval([after[key]["reward"] - before[key]["reward"]
-                                                       for before, after in pairs]))
-            for key in (pairs[0][0] if len(pairs) > 1 else ())}}
+        if len(pairs) > 1:
+            rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
+                key: "{:+.3f} ± {:.3f}".format(*t_interval([
+                    after[key]["reward"] - before[key]["reward"] for before, after in pairs]))
+                for key in pairs[0][0]}}
     return rows
 
 

@@ -1354,7 +1354,7 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
     if args.model != "tiny" and not args.paired:
         raise UserError("--paired FILE... is required for --model other than tiny")
     if args.paired and not args.text and "text" not in args.without:
-        raise UserError("--paired and no --text: name text-only rows as well, or say --without text")
+        raise UserError("--paired and no --text: name text-only rows too, or say --without text")
     streams = {}
     for kind in ("paired",) if "text" in args.without else ("paired", "text"):
         seed = key_seed(args.seed, kind)
@@ -1636,7 +1636,8 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
 PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "recompute", "dtype", "device", *STRUCTURE["tiny"], "task", "task_root", "eval_prompts")
+              "recompute", "dtype", "device", *STRUCTURE["tiny"], "task", "task_root",
+              "eval_prompts")
 
 
 def model_root(args) -> Path:

@@ -387,11 +387,12 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
     assert re.search("run-without-text is of another task .mini.* -> demo",
                      capsys.readouterr().out)
     for flags, pattern in (
-            (different, "paired: .'rows.* -> .'other"), (["--without", "text"], "paired: .* -> mini"),
+            (different, "paired: .'rows.* -> .'other"),
+            (["--without", "text"], "paired: .* -> mini"),
             ([*data, "--task", demo], "task: mini .* -> demo"),
             ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 4 -> 3"),
             ([*data, *parent, "--without", "cycle"], "without: ..text.. -> ..cycle., .text"),
-            ([*data, *parent, "--without", "cycle", "--task", demo], "without: ..text.. -> ..cycle., .text")):
+            ([*data, *parent, "--without", "cycle", "--task", demo], "without: ..text.. -> ..cy")):
         with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
             start(*flags)
     with pytest.raises(UserError, match="--parent .*absent: no finished run there"):
@@ -402,8 +403,9 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
 
 def test_folders_of_variants_never_collide():
     names = {kit.folder_of(parsed(train_idm, *flags), "idm") for flags in (
-        [], ["--codes", "32"], ["--idm-layers", "1"], ["--policy-layers", "1"], ["--without", "text"],
-        ["--without", "projector"], ["--without", "cycle"], ["--without", "cycle", "text"],
+        [], ["--codes", "32"], ["--idm-layers", "1"], ["--policy-layers", "1"],
+        ["--without", "text"], ["--without", "projector"], ["--without", "cycle"],
+        ["--without", "cycle", "text"],
         ["--without", "text", "--without", "cycle", "text"], ["--model", "org/x"])}
     assert len(names) == 9 and {Path("runs/tiny/idm"), Path("runs/org--x/idm")} < names
 
@@ -2805,7 +2807,7 @@ def test_rl_evaluates_before_and_after_under_its_own_limits_and_temperature(tmp_
               for group in expected(folder, 0.6, 4, 7).values() for answer in group]
     close(report["id sampled"]["before"], sum(scores) / len(scores), 1e-3)
     page = (run / "report.html").read_text()        # before and after, from the answers it has
-    assert "gain, before to after" in page and "reward_mean</text>" in page and "Codes" in page
+    assert "gain over before" in page and "reward_mean</text>" in page and "Codes" in page
     for answer, in expected(folder, 0.0, 1, 7).values():
         assert page.count(html.escape(answer)) >= 2
 
@@ -4046,7 +4048,7 @@ BAD = [
     ("train_bc --task t.jsonl --name bad", "--task: t.jsonl is neither"),
     ("train_bc --task bad-said.jsonl --name bad", "bad-said.jsonl:1: the last message must be"),
     ("eval MAIN --task bad-long.jsonl --splits valid", "task bad-long has no prompts in valid"),
-    ("train_projector --name bad --fresh --paired p.jsonl", "--paired and no --text.*--without text"),
+    ("train_projector --name bad --fresh --paired p.jsonl", "and no --text.*--without text"),
     ("train_bc --task bad-split.jsonl --name bad", "bad-split.jsonl:2: split 'test' is not one of"),
     ("train_bc --task nothing --name bad", "argument --task: nothing is neither mini"),
     ("eval MAIN --task bad-long.jsonl --splits id",
@@ -4064,9 +4066,9 @@ BAD = [
      "runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
      r"run first: python train_bc.py --model \S*/qwen --stage bc"),
-    ("train_projector --model llama --paired p.jsonl --without text", "a llama model, not Qwen2.5-VL"),
-    ("train_projector --model nowhere --paired p.jsonl --without text", "nowhere: cannot be loaded"),
-    ("train_projector --model ./nowhere --paired p.jsonl --without text", "./nowhere: no such folder"),
+    ("train_projector --model llama --paired p.jsonl --without text", "a llama model, not Qwen2"),
+    ("train_projector --model nowhere --paired p.jsonl --without text", "nowhere: cannot be load"),
+    ("train_projector --model ./nowhere --paired p.jsonl --without text", "./nowhere: no such f"),
     ("train_projector --image-tokens many", "--image-tokens: many is neither a number nor HEIGHTx"),
     ("train_idm --without projector --parent runs/tiny/projector", "--parent: without a projector"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --without text",
@@ -4774,7 +4776,8 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
 
     Weights, gradients, AdamW's moments, copies, caches and kept states by formula; what the trained
     stacks keep for their backward pass from a run of the stages' own losses on fake tensors."""
-    config, word = config if hasattr(config, "text_config") else shape_config(config), dtype.itemsize
+    config = config if hasattr(config, "text_config") else shape_config(config)
+    word = dtype.itemsize
     text, N = config.text_config, tokens_at_once
     width, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
     with FakeTensorMode():
@@ -4806,7 +4809,7 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
             return token_logprobs(stack.head, h[1:], targets, agent.token_bias)
 
         part = min(prompts, max(1, N // (group * (prompt_tokens + new))))   # prompts of a rollout
-        per = min(part, max(1, N // (prompt_tokens + group * new)))         # and of an update's pass
+        per = min(part, max(1, N // (prompt_tokens + group * new)))         # and of an update
 
         def updated(stack, bias=None):
             n = per * group
@@ -4961,10 +4964,11 @@ def check(model, device, judge, options) -> bool:
             args.task = write(root / "one.jsonl", rows[:1])
             task = tasks.load_task(args)
             (reply,) = task.judge(*([r] for r in (task.splits["id"][0], "a b")))
-            scores = task.scores(reply)
-            found["one call of the judge"] = {"holds": "NO" if scores is None else "yes",
-                                              "found": scores and f"reward {task.reward(reply):.3g}",
-                                              "wanted": "scores for every dimension"}
+            reward = task.reward(reply)
+            found["one call of the judge"] = {
+                "holds": "NO" if reward is None else "yes",
+                "found": "no scores" if reward is None else f"reward {reward:.3g}",
+                "wanted": "scores for every dimension"}
         dtype, config = agent.dtype, agent.backbone.config
         del agent
         files = {name: write(root / f"{name}.jsonl", part) for name, part in (
@@ -5035,7 +5039,7 @@ if __name__ == "__main__":
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES)
     what.add_argument("--memory", choices=SHAPES)
-    what.add_argument("--check", metavar="FOLDER_OR_ID", help="of a Qwen2.5-VL checkpoint: positions, "
+    what.add_argument("--check", metavar="FOLDER_OR_ID", help="of a Qwen2.5-VL: positions, "
                       "rollouts, one step of every stage, memory beside the plan")
     parser.add_argument("--judge-url", help="check: one call of this judge")
     parser.add_argument("--judge-model", help="check: its name there")

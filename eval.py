@@ -1542,7 +1542,7 @@ def main(argv=None):
         return rescore(args.rescore)
     if args.make_references:
         return make_references(args) if rank() == 0 else None
-    summaries, yardsticks, entries = {}, {}, {}
+    summaries, rewards, yardsticks, entries = {}, {}, {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
@@ -1582,6 +1582,8 @@ def main(argv=None):
                                       yardsticks[base])
         say(format_table(folder.name, without_dimensions(task, table)))
         summaries[folder] = table
+        rewards[folder] = {key: nan_mean(rewards_of(task, part), 1)
+                           for key, part in by_split_and_mode(predictions).items()}
         if args.report:
             first = next(iter(splits.values()))[0]
             names = [other.name for other in map(Path, args.runs)]
@@ -1607,6 +1609,9 @@ def main(argv=None):
     if len(summaries) > 1:
         tables["reward, mean over seeds (deviation)"] = compare(summaries)
         tables["difference, mean and 95 % t-interval over seeds"] = gains_over_first(summaries)
+        personas = {name: [row.get("persona", row["id"]) for row in rows]
+                    for name, rows in splits.items()}
+        tables["latent - token, per seed"] = contrasts(rewards, personas)
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         say("\n" + format_table(name, rows))
@@ -1641,15 +1646,15 @@ def talk(agent: Agent, args):
         say()
 
 
-def by_seed(summaries: dict[Path, dict]) -> dict[str, dict[tuple, dict]]:
+def by_seed(folders) -> dict[str, dict[tuple, Path]]:
     """Runs of a model that differ in seed or run root alone as one group: name -> (run root, seed)
-    -> its table."""
+    -> folder."""
     groups = {}
-    for folder, table in summaries.items():
+    for folder in folders:
         seed = read_config(folder)["args"]["seed"]
         name = re.sub(f"(-(?:latent|token))-s{seed}(?=-|$)", r"\1", folder.name)
         group = groups.setdefault(f"{folder.parent.name}/{name}", {})
-        group[folder.parent.parent, seed] = table
+        group[folder.parent.parent, seed] = folder
     return groups
 
 
@@ -1657,7 +1662,7 @@ def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
     """Each group of `by_seed` as one row: mean (deviation) of the reward."""
     rows = {}
     for name, group in by_seed(summaries).items():
-        tables = list(group.values())
+        tables = [summaries[folder] for folder in group.values()]
         rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
             values = [t[key]["reward"] for t in tables if key in t]
@@ -1666,32 +1671,86 @@ def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
     return rows
 
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # by degrees of freedom
+def student_p(t: float, freedom: int) -> float:
+    """Two-sided p-value of Student's t: its density with x = sqrt(freedom) tan(u), by quadrature."""
+    u = np.linspace(0, math.atan(abs(t) / math.sqrt(freedom)), 2001)
+    y = np.cos(u) ** (freedom - 1)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return 1 - 2 * scale * float(((y[1:] + y[:-1]) / 2 * np.diff(u)).sum())
 
 
 def t_interval(differences) -> tuple[float, float]:
-    """Mean of paired differences and the half width of its 95 % t-interval; beyond ten of them the
-    quantile of ten, which makes it slightly too wide."""
-    n = len(differences)
-    half = T_975[min(n, 10) - 2] * np.std(differences, ddof=1) / math.sqrt(n)
-    return float(np.mean(differences)), float(half)
+    """Mean of paired differences and the half width of its 95 % t-interval."""
+    n, low, high = len(differences), 0.0, 100.0
+    for _ in range(40):                     # the quantile, by bisection
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, n - 1) > 0.05 else (low, middle)
+    return float(np.mean(differences)), high * float(np.std(differences, ddof=1)) / math.sqrt(n)
+
+
+def holm(p_values: dict) -> dict:
+    """Holm's step-down correction (1979) of several tests' p-values."""
+    adjusted, worst = {}, 0.0
+    for k, (test, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
+        worst = adjusted[test] = max(worst, min(1.0, (len(p_values) - k) * p))
+    return adjusted
+
+
+def persona_bootstrap(gains, personas, n: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean gain over resampled personas, and prompts within each."""
+    gains, rng = np.asarray(gains), np.random.default_rng(0)
+    places = [np.flatnonzero([p == name for p in personas]) for name in sorted(set(personas))]
+    means = [nan_mean(np.concatenate([gains[rng.choice(places[i], len(places[i]))]
+                                      for i in rng.integers(0, len(places), len(places))]))
+             for _ in range(n)]
+    return tuple(map(float, np.percentile(means, (2.5, 97.5))))
 
 
 def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
     """Each group's reward less the first group's, paired by run root and seed, with its t-interval,
     if there are two pairs; warm starts are one a run root."""
     (first, base), *others = by_seed(summaries).items()
-    base = base | {root: table for (root, _), table in base.items() if "/rl-" not in first}
+    base = base | {root: folder for (root, _), folder in base.items() if "/rl-" not in first}
     rows = {}
     for name, group in others:
-        pairs = [(base.get((root, seed), base.get(root)), table)
-                 for (root, seed), table in group.items()]
-        pairs = [(before, after) for before, after in pairs if before]
+        pairs = [(base.get((root, seed), base.get(root)), folder)
+                 for (root, seed), folder in group.items()]
+        pairs = [(summaries[before], summaries[after]) for before, after in pairs if before]
         if len(pairs) > 1:
             rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
                 key: "{:+.3f} ± {:.3f}".format(*t_interval([
                     after[key]["reward"] - before[key]["reward"] for before, after in pairs]))
                 for key in pairs[0][0]}}
+    return rows
+
+
+def contrasts(rewards: dict[Path, dict], personas: dict[str, list]) -> dict[str, dict]:
+    """The paper's claim, latent minus token of each algorithm, on the sampled answers.
+
+    rewards: folder -> "split mode" -> reward of every prompt; personas: split -> of every prompt.
+    Differences are paired by run root and seed: mean and 95 % t-interval, the p-value of the paired
+    t-test after Holm's correction over the rows of this table, and beside it a bootstrap over
+    personas, then prompts, of the differences' mean over seeds.
+    """
+    groups, rows, p_values = by_seed(rewards), {}, {}
+    for name, group in groups.items():
+        partner = groups.get(name.replace("-latent", "-token"), {})
+        pairs = [(rewards[folder], rewards[partner[key]])
+                 for key, folder in group.items() if key in partner and partner != group]
+        for key in (pairs[0][0] if len(pairs) > 1 and "/rl-" in name else ()):
+            gains = np.array([latent[key] - token[key] for latent, token in pairs])
+            seeds = nan_mean(gains, 1)                                  # (seeds,)
+            split, mode = key.split(" ", 1)
+            if mode == "greedy":
+                continue
+            test = f"{name} - token, {key}"
+            t = seeds.mean() / (seeds.std(ddof=1) / math.sqrt(len(seeds)) or 1e-12)
+            p_values[test] = student_p(t, len(seeds) - 1)
+            low, high = persona_bootstrap(nan_mean(gains, 0), personas[split])
+            rows[test] = {"pairs": len(seeds), "mean": "{:+.3f} ± {:.3f}".format(*t_interval(seeds)),
+                          "personas, prompts": f"[{low:+.3f}, {high:+.3f}]"}
+    for test, p in holm(p_values).items():
+        rows[test]["p (Holm)"] = f"{p:.2g}"
     return rows
 
 

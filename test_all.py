@@ -2022,8 +2022,8 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
         runs |= run(f"{seed}/tiny/sft-mini-latent", seed, start)
         runs |= run(f"{seed}/tiny/rl-mini-dapo-latent-s{seed}", seed, end)
         runs |= run(f"{seed}/tiny/rl-mini-dapo-token-s{seed}", seed, other)
-    # .3 .1 .2: mean .2, deviation .1; .1 .2 0: mean .1, deviation .1; t(2) = 4.303
-    half = 4.303 * 0.1 / math.sqrt(3)
+    # .3 .1 .2: mean .2, deviation .1; .1 .2 0: mean .1, deviation .1; t(2) = 4.3027
+    half = 4.302653 * 0.1 / math.sqrt(3)
     close(tasks.t_interval([0.3, 0.1, 0.2]), (0.2, half))
     table = tasks.gains_over_first(dict(sorted(runs.items(), key=lambda pair: pair[0].name < "s")))
     assert table == {f"tiny/rl-mini-dapo-{space} - tiny/sft-mini-latent":
@@ -2033,6 +2033,48 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
     (row_,) = {name: r for name, r in tasks.gains_over_first(dict(sorted(
         runs.items(), key=lambda pair: pair[0].name < "s"))).items() if "latent -" in name}.values()
     assert row_["pairs"] == 2 and row_["id"].startswith("+0.150")
+
+
+def test_p_values_and_their_correction_by_hand():
+    for t, freedom, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (2.262, 9, 0.05), (3.250, 9, 0.01),
+                          (1.0, 1, 0.5), (0.0, 4, 1.0)):                # the printed tables
+        close(tasks.student_p(t, freedom), p, 2e-4)
+        close(tasks.student_p(-t, freedom), p, 2e-4)
+    adjusted = tasks.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert tasks.holm({"a": 0.7, "b": 0.6}) == {"b": 1.0, "a": 1.0}
+
+
+def test_the_bootstrap_over_personas_is_wide_where_personas_differ():
+    """Two personas, gains of one all 0, of the other all 1: one, both or none may be drawn."""
+    personas = ["a"] * 50 + ["b"] * 50
+    assert tasks.persona_bootstrap([0.0] * 50 + [1.0] * 50, personas) == (0.0, 1.0)
+    low, high = tasks.persona_bootstrap([0.0, 1.0] * 50, personas)      # within personas alone
+    assert 0.35 < low < 0.45 and 0.55 < high < 0.65
+    low, high = tasks.persona_bootstrap([math.nan, 1.0] * 50, personas)
+    assert low == high == 1.0
+
+
+def test_latent_is_held_against_the_token_run_of_its_seed(tmp_path):
+    run, rewards = functools.partial(scored_run, tmp_path), {}
+    noise = {algo: [0.01, -0.02, 0.0] for algo in ("grpo", "dapo")}
+    for seed in range(3):
+        for algo, gain in (("grpo", 0.3), ("dapo", 0.0)):
+            for space in ("latent", "token"):
+                (folder,) = run(f"{seed}/tiny/rl-mini-{algo}-{space}-s{seed}", seed, 0)
+                level = seed / 9 + (gain + noise[algo][seed]) * (space == "latent")
+                rewards[folder] = {f"{split} {mode}": np.array([level, level + 0.1])
+                                   for split in ("id", "ood") for mode in ("greedy", "sampled")}
+    table = tasks.contrasts(rewards, {"id": ["x", "y"], "ood": ["z", "z"]})
+    assert list(table) == [f"tiny/rl-mini-{algo}-latent - token, {split} sampled"
+                           for algo in ("grpo", "dapo") for split in ("id", "ood")]
+    sd = math.sqrt((0.01 + 1 / 300) ** 2 + (1 / 300 - 0.02) ** 2 + (1 / 300) ** 2) / math.sqrt(2)
+    grpo, dapo = (table[f"tiny/rl-mini-{algo}-latent - token, id sampled"]
+                  for algo in ("grpo", "dapo"))
+    assert grpo["pairs"] == 3 and grpo["mean"] == f"+0.297 ± {4.303 * sd / math.sqrt(3):.3f}"
+    p = tasks.student_p((0.3 - 1 / 300) / sd * math.sqrt(3), 2)
+    assert grpo["p (Holm)"] == f"{4 * p:.2g}" and dapo["p (Holm)"] == "1"
+    assert grpo["personas, prompts"] == "[+0.297, +0.297]"
 
 
 def test_summaries_leave_out_failures_and_count_zeros():
@@ -4071,6 +4113,8 @@ BAD = [
     ("train_projector --model ./nowhere --paired p.jsonl --without text", "./nowhere: no such f"),
     ("train_projector --image-tokens many", "--image-tokens: many is neither a number nor HEIGHTx"),
     ("train_idm --without projector --parent runs/tiny/projector", "--parent: without a projector"),
+    ("train_bc --action-space token --name x --task task.jsonl --parent MAIN",
+     "the token baseline starts from the base alone, or its warm"),
     ("train_projector --run-root a.png/x --model qwen --paired p.jsonl --without text",
      "Not a directory.*a.png/x.*check the path"),
     ("train_projector --name half", "config.json cannot be used.*--fresh"),
@@ -4125,6 +4169,7 @@ COMMANDS = {
     "idm": ("train_idm", CORPUS), "bc": ("train_bc", ["--stage", "bc", *CORPUS]),
     "clone": ("train_bc", CORPUS), "release": ("train_bc", ["--sft", "release", *CORPUS]),
     "token": ("train_bc", [*TOKEN, *CORPUS]),
+    "lm": ("train_bc", [*TOKEN, "--stage", "bc", *CORPUS]),
     **{algo: ("train_rl", ["--algo", algo, *SHORT])
        for algo in ("grpo", "dr_grpo", "dapo", "bnpo", "dapo_released")},
     "exact": ("train_rl", ["--kl", "exact", "--inner-epochs", "2", "--name", "exact", *SHORT]),

@@ -1,6 +1,6 @@
 """Stage 2: behaviour cloning of the policy, then the task warm start (SFT) that RL begins from.
 
-Paper, section 3 (policy) and section 4 (training recipe). Four kinds, the rows of KINDS:
+Paper, section 3 (policy) and section 4 (training recipe). Five kinds, the rows of KINDS:
 
     bc        --stage bc: the policy pi(a_t | s_1..s_t) clones the inverse dynamics model's
               noise-free argmax code, which has seen x_{t+1}, on paired and text-only corpora:
@@ -11,6 +11,8 @@ Paper, section 3 (policy) and section 4 (training recipe). Four kinds, the rows 
     release   --sft release: policy, codebook and merge frozen, the policy's argmax code drives the
               world model while vision tower, last layers, norm and embeddings of the backbone train
     token     --action-space token, the baseline: the backbone's last layers, norm and untied head
+    lm        --action-space token --stage bc: these as a language model on the corpora that the
+              latent stages see, so that the baseline can be given the same data (--parent)
 
 Losses on task rows count the responses only; on corpora all text. Deviations: README, 10-13, 20.
 
@@ -28,7 +30,8 @@ import eval as tasks
 import train_idm
 from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, fill,
                    folder_of, held_batches, key_seed, launch, make_parser, next_batches,
-                   optimizer_step, predecessor, say, text_positions, token_logprobs)
+                   optimizer_step, predecessor, read_config, say, text_positions,
+                   token_logprobs)
 from train_projector import ensure_base
 
 import torch
@@ -40,6 +43,8 @@ LATENT_SFT = {"tiny": {"steps": 40, "lr": 2e-4, "batch_tokens": 2048},
 DEFAULTS = {   # the full-scale learning rates are the release's
     "bc": {"tiny": {"steps": 300, "lr": 1e-3, "batch_tokens": 1024},
            "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}},
+    "lm": {"tiny": {"steps": 700, "lr": 2e-4, "batch_tokens": 1024},    # as many as idm and bc
+           "full": {"steps": 320, "lr": 5e-5, "batch_tokens": 8192}},
     "clone": LATENT_SFT, "release": LATENT_SFT,
     "token": {"tiny": {"steps": 40, "lr": 1e-4, "batch_tokens": 2048},
               "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}}
@@ -99,7 +104,7 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Kind token: the language model's own cross-entropy under the masked vocabulary."""
+    """Kinds token and lm: the language model's own cross-entropy under the masked vocabulary."""
     where, targets = batch.labelled()
     with torch.no_grad():
         x = agent.trunk(agent.embed(batch), batch.positions)
@@ -114,11 +119,12 @@ KINDS = {   # folder, what trains, loss
     "clone": ("sft-{task}-latent", ("policy", "world"),
               lambda agent, batch: code_losses(agent, batch, merge=True)),
     "release": ("sft-{task}-latent-release", ("backbone",), release_losses),
-    "token": ("sft-{task}-token", ("policy",), token_losses)}
+    "token": ("sft-{task}-token", ("policy",), token_losses),
+    "lm": ("bc-token", ("policy",), token_losses)}
 
 
 def stage_of(kind: str, task: str) -> str:
-    """The run folder's name: bc, sft-<task>-latent, sft-<task>-latent-release, sft-<task>-token."""
+    """The run folder's name: bc, bc-token, sft-<task>-latent, -latent-release or -token."""
     return KINDS[kind][0].format(task=Path(task).name.split(".")[0])
 
 
@@ -164,33 +170,50 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int,
     return report
 
 
+@torch.no_grad()
+def lm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
+    """Held-out cross-entropy of the token policy as a language model."""
+    report = {}
+    for name, examples in held.items():
+        with agent.autocast():
+            losses = [token_losses(agent, batch)[1]
+                      for batch in held_batches(agent, examples, tokens_at_once)]
+        report[name] = {"policy": torch.cat(losses).mean().item()}
+    return report
+
+
 def main(argv=None):
     args = arguments().parse_args(argv)
-    kind = "bc" if args.stage == "bc" else "token" if args.action_space == "token" else args.sft
+    token, on_corpora = args.action_space == "token", args.stage == "bc"
+    kind = ("lm" if token else "bc") if on_corpora else "token" if token else args.sft
     fill(args, DEFAULTS[kind])
     stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
-    identity = tasks.identity(args, "paired", "text", *([] if kind == "bc" else ["task"]))
-    task = None if kind == "bc" else tasks.load_task(args)      # what is wrong with it comes first
+    identity = tasks.identity(args, "paired", "text", *([] if on_corpora else ["task"]))
+    task = None if on_corpora else tasks.load_task(args)        # what is wrong with it comes first
     if task and not task.splits["sft"]:
         raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
     ensure_base(args)
-    if kind == "token" and args.parent:
-        raise UserError("--parent: the token baseline starts from the base alone")
-    parent = None if kind == "token" else \
-        predecessor(args, identity, "idm", train_idm) if kind == "bc" else \
-        predecessor(args, identity, "bc", sys.modules[__name__], "--stage", "bc")
+    parent = None
+    if not token:
+        parent = predecessor(args, identity, "idm", train_idm) if on_corpora else predecessor(
+            args, identity, "bc", sys.modules[__name__], "--stage", "bc")
+    elif args.parent:
+        parent = predecessor(args, identity, "bc-token", sys.modules[__name__])
+        if kind == "lm" or read_config(parent)["space"] != "token":
+            raise UserError("--parent: the token baseline starts from the base alone, or its warm "
+                            "start from a bc-token run (--stage bc --action-space token)")
     # In the release's way the backbone itself trains: fp32.
     agent = Agent.from_base(args, torch.float32 if kind == "release" else None)
     if parent:
         agent.load_run(parent)
     if kind == "bc":
         agent.make("policy", seed=args.seed)
-    if kind == "token":
+    if token and not parent:
         agent.make_token_policy()
     run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
     if run.finished:
         return
-    if kind == "bc":
+    if on_corpora:
         streams, held = corpora(args, agent.encoder, tasks.embedded)
     else:
         streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
@@ -217,8 +240,9 @@ def main(argv=None):
         run.log(step, {**{name: total / n for name, total in all_sum(totals).items()}, "lr": lr,
                        "grad_norm": norm}, "code_ce", "token_ce", "accuracy")
         run.save(step + 1, state)
-    if kind == "bc":
-        run.report("policy, held out", bc_report(agent, held, args.tokens_at_once))
+    if on_corpora:
+        report = lm_report if token else bc_report
+        run.report("policy, held out", report(agent, held, args.tokens_at_once))
     elif splits := tasks.chosen_splits(task, ["valid"], args.eval_prompts):
         say(f"answers to be judged: {tasks.answers_of(splits, tasks.MODES)}")
         table, samples = tasks.evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once)

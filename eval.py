@@ -1658,8 +1658,15 @@ def by_seed(folders) -> dict[str, dict[tuple, Path]]:
     return groups
 
 
+def seconds(folder: Path) -> tuple[float, float]:
+    """What a run's steps took, and those of all stages that it rests on but the base."""
+    parent = read_config(folder)["parent"]
+    before = sum(seconds(folder / parent)) if parent else 0.0
+    return sum(row["seconds"] for row in read_log(folder)), before
+
+
 def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
-    """Each group of `by_seed` as one row: mean (deviation) of the reward."""
+    """Each group of `by_seed` as one row: mean (deviation) of the reward, and mean seconds."""
     rows = {}
     for name, group in by_seed(summaries).items():
         tables = [summaries[folder] for folder in group.values()]
@@ -1668,11 +1675,13 @@ def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
             values = [t[key]["reward"] for t in tables if key in t]
             spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
             rows[name][key] = f"{np.mean(values):.3f}{spread}"
+        own, before = np.mean([seconds(folder) for folder in group.values()], 0)
+        rows[name] |= {"seconds": f"{own:.0f}", "stages before": f"{before:.0f}"}
     return rows
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided p-value of Student's t: its density with x = sqrt(freedom) tan(u), by quadrature."""
+    """Two-sided p-value of Student's t: its density, x = sqrt(freedom) tan(u), by quadrature."""
     u = np.linspace(0, math.atan(abs(t) / math.sqrt(freedom)), 2001)
     y = np.cos(u) ** (freedom - 1)
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
@@ -1747,7 +1756,8 @@ def contrasts(rewards: dict[Path, dict], personas: dict[str, list]) -> dict[str,
             t = seeds.mean() / (seeds.std(ddof=1) / math.sqrt(len(seeds)) or 1e-12)
             p_values[test] = student_p(t, len(seeds) - 1)
             low, high = persona_bootstrap(nan_mean(gains, 0), personas[split])
-            rows[test] = {"pairs": len(seeds), "mean": "{:+.3f} ± {:.3f}".format(*t_interval(seeds)),
+            rows[test] = {"pairs": len(seeds),
+                          "mean": "{:+.3f} ± {:.3f}".format(*t_interval(seeds)),
                           "personas, prompts": f"[{low:+.3f}, {high:+.3f}]"}
     for test, p in holm(p_values).items():
         rows[test]["p (Holm)"] = f"{p:.2g}"

@@ -50,6 +50,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import eval as tasks
@@ -2004,15 +2005,19 @@ def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
             ("rl-my-s4-task-dapo-token-s12-codes8", 12), ("sft-x-s2-latent", 2))):
         runs |= run(f"a/tiny/{stage}", seed, n / 10)
     runs |= run("b/tiny/rl-x-dapo-latent-s0", 0, 0.7) | run("b/other/rl-x-dapo-latent-s0", 0, 0.9)
-    alone = {"seeds": 1, "min_p": None}
+    (tmp_path / "a/tiny/sft-x-s2-latent/log.jsonl").write_text('{"seconds": 2.5}\n{"seconds": 4}\n')
+    (config,) = (tmp_path / "b/other").glob("*/config.json")
+    config.write_text(config.read_text().replace(
+        '"parent": null', '"parent": "../../../a/tiny/sft-x-s2-latent"'))
+    alone = {"seeds": 1, "min_p": None, "seconds": "0", "stages before": "0"}
     assert tasks.compare(runs) == {                 # of 0, .1 and .7: the same run elsewhere, too
-        "tiny/rl-x-dapo-latent": {"seeds": 3, "min_p": None, "id": "0.267 (0.379)"},
+        "tiny/rl-x-dapo-latent": {**alone, "seeds": 3, "id": "0.267 (0.379)"},
         "tiny/rl-x-dapo-latent-b": {**alone, "id": "0.200"},
         "tiny/rl-my-s3-task-dapo-token": {**alone, "id": "0.300"},
         "tiny/rl-my-s4-task-dapo-token": {**alone, "id": "0.400"},
         "tiny/rl-my-s4-task-dapo-token-codes8": {**alone, "id": "0.500"},
-        "tiny/sft-x-s2-latent": {**alone, "id": "0.600"},
-        "other/rl-x-dapo-latent": {**alone, "id": "0.900"}}
+        "tiny/sft-x-s2-latent": {**alone, "id": "0.600", "seconds": "6"},
+        "other/rl-x-dapo-latent": {**alone, "id": "0.900", "stages before": "6"}}
 
 
 def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
@@ -3161,6 +3166,17 @@ def trainable(*names):
     agent = copy.deepcopy(tiny_agent())
     agent.train_only(*names)
     return agent
+
+
+def test_idm_report_tells_what_noise_on_the_embeddings_changes(monkeypatch):
+    held, agent = {"id": examples()[:1], "text": examples()[1:2]}, tiny_agent()
+    for noise, same in ((0.0, True), (9.0, False)):
+        monkeypatch.setattr(train_idm, "NOISE", noise)
+        report, shares = train_idm.idm_report(agent, held, 999)
+        assert set(report) == {"id", "text", "text, no P"} == set(shares)
+        for row_ in report.values():
+            assert (row_["kept"] == 1 and row_["IDM"] == row_["IDM, noise"]) == same
+            assert same or row_["kept"] < 0.9
 
 
 def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated():
@@ -4738,6 +4754,13 @@ def benchmark(shape="medium", device="cpu", part=None):
         table[name] = {**{f"{k} (s)": v for k, v in median.items()}, **ratios,
                        "latent / token, paper": paper.get(name)}
     print(kit.format_table("RL", table), "\n")
+    counted = {}
+    for name, functions in parts.items():
+        for k, function in functions.items():
+            with FlopCounterMode(display=False) as counter:
+                function()
+            counted.setdefault(name, {})[f"{k} (GFLOP)"] = counter.get_total_flops() / 1e9
+    print(kit.format_table("products and attention", counted), "\n")
     if device == "cuda":
         peaks = {}
         for name, functions in parts.items():

@@ -1546,7 +1546,7 @@ def peak_memory() -> int:
 
 # Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
 
-STRUCTURE = {"tiny": {"codes": 4, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4",
+STRUCTURE = {"tiny": {"codes": 3, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4",
                       "without": []},
              "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256",
                       "without": []}}

@@ -391,7 +391,7 @@ def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path,
             (different, "paired: .'rows.* -> .'other"),
             (["--without", "text"], "paired: .* -> mini"),
             ([*data, "--task", demo], "task: mini .* -> demo"),
-            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "3"], "codes: 4 -> 3"),
+            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "5"], "codes: 3 -> 5"),
             ([*data, *parent, "--without", "cycle"], "without: ..text.. -> ..cycle., .text"),
             ([*data, *parent, "--without", "cycle", "--task", demo], "without: ..text.. -> ..cy")):
         with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
@@ -3085,7 +3085,7 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
         assert {k for k in here if here[k] != other[k]} == {key}
     args = parsed(train_rl)
     mini_ = tasks.identity(args, "paired", "text", "task")
-    assert mini_ == {"codes": 4, "idm_layers": 2, "policy_layers": 2, "without": [],
+    assert mini_ == {"codes": 3, "idm_layers": 2, "policy_layers": 2, "without": [],
                      "image_tokens": "4",
                      **dict.fromkeys(("paired", "text", "task"), f"mini {tasks.MINI_VERSION}")}
     assert "task" not in tasks.identity(args, "paired", "text")
@@ -3449,7 +3449,8 @@ def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None):
     agent = with_modules(agent, policy=copy.deepcopy(agent.policy))
     agent.train_only("policy")
     reference = shake(copy.deepcopy(agent.policy), 0.05, 9)
-    args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7", *flags)
+    args = parsed(train_rl, "--algo", algo, "--group-size", "3", "--temperature", "0.7",
+                  "--inner-epochs", "1", *flags)
     train_rl.fill_algorithm(args)
     optimizer = Recorder(agent.policy)
     optimizer.steps = optimizer.steps if steps is None else steps
@@ -4118,9 +4119,9 @@ BAD = [
     ("eval --rescore a.jsonl b.jsonl", "run folders, .*or --rescore FILE"),
     ("eval", "run folders, .*or --rescore FILE"),
     ("train_bc --codes 8 --parent runs/tiny/idm --stage bc --name bad",
-     "idm was trained otherwise .codes: 4 -> 8"),
+     "idm was trained otherwise .codes: 3 -> 8"),
     ("train_bc --parent runs/tiny/absent --stage bc --name bad", "absent: no finished run there"),
-    ("train_bc --model qwen --codes 4 --idm-layers 2 --policy-layers 2 --image-tokens 4 --parent "
+    ("train_bc --model qwen --codes 3 --idm-layers 2 --policy-layers 2 --image-tokens 4 --parent "
      "runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
      r"run first: python train_bc.py --model \S*/qwen --stage bc"),
@@ -4178,7 +4179,7 @@ def test_chain_bad_input_is_one_clear_line(damaged_chain, refused, command, mess
 
 
 CORPUS = ["--batch-tokens", "170"]
-SHORT = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "8"]
+SHORT = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "8", "--inner-epochs", "1"]
 TOKEN = ["--action-space", "token"]
 COMMANDS = {
     "projector": ("train_projector", [*CORPUS, "--paired-steps", "0"]),
@@ -4188,7 +4189,7 @@ COMMANDS = {
     "lm": ("train_bc", [*TOKEN, "--stage", "bc", *CORPUS]),
     **{algo: ("train_rl", ["--algo", algo, *SHORT])
        for algo in ("grpo", "dr_grpo", "dapo", "bnpo", "dapo_released")},
-    "exact": ("train_rl", ["--kl", "exact", "--inner-epochs", "2", "--name", "exact", *SHORT]),
+    "exact": ("train_rl", [*SHORT, "--kl", "exact", "--inner-epochs", "2", "--name", "exact"]),
     "grpo-token": ("train_rl", [*TOKEN, *SHORT])}
 
 

@@ -58,10 +58,11 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-DEFAULTS = {"latent": {"tiny": {"steps": 80, "lr": 2e-4}, "full": {"steps": 100, "lr": 1e-6}},
-            "token": {"tiny": {"steps": 80, "lr": 2.5e-4}, "full": {"steps": 100, "lr": 1e-6}}}
+FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
+DEFAULTS = {"latent": {"tiny": {"steps": 50, "lr": 2e-4, "inner_epochs": 2}, "full": FULL},
+            "token": {"tiny": {"steps": 50, "lr": 2.5e-4, "inner_epochs": 2}, "full": FULL}}
 # Of the default run on two CPU cores: what a fresh start has before it.
-MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 2}
+MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 1.5}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
@@ -81,7 +82,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--algo", default="grpo", choices=tuple(ALGORITHMS), help="(default: grpo)")
     add("--scale", choices=("group", "none", "beta"), help="of the advantage")
     add("--clip", nargs=2, type=within(float, 0), metavar=("LOW", "HIGH"),
-        help="of the ratio; acts only where a rollout has several updates (--inner-epochs)")
+        help="of the ratio; acts only where a rollout has several updates")
     add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
         help="token weights")
     add("--beta", type=within(float, 0), help="weight of the KL to the starting policy")
@@ -96,7 +97,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
     add("--min-p", type=within(float, 0, 1), default=0.0, help="outside the paper: codes cannot "
         "choose tokens less likely under the backbone than this share of its best (default: 0)")
-    add("--inner-epochs", type=count, default=1, help="passes over each rollout (default: 1)")
+    add("--inner-epochs", type=count, help="passes over each rollout; from two on the clip acts")
     add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
         "no evaluation (default: valid, tiny: id ood); tune on valid")
     return parser

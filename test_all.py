@@ -4328,6 +4328,24 @@ def test_chain_token_space_and_its_evaluation(chain):
         assert f"{figures['reward']:.4g}" in said
 
 
+def test_chain_token_baseline_on_the_corpora_first(chain, quick):
+    """The language model, its warm start and RL on it: each starts from the one before."""
+    common = [*chain.files, "--run-root", str(chain.root), "--device", "cpu"]
+    token, runs = ["--action-space", "token", "--task", chain.task], chain.runs
+    train_bc.main([*common, *token, "--stage", "bc"])
+    report = json.loads((runs / "bc-token/report.json").read_text())["policy, held out"]
+    assert set(report) == {"id", "text"} and all(row_["policy"] > 0 for row_ in report.values())
+    corpora = ["--name", "corpora", "--parent", str(runs / "bc-token"), "--lr", "1e-12"]
+    train_bc.main([*common, *token, *corpora])
+    lm, sft = (chain.weights(name) for name in ("bc-token", "sft-task-token-corpora"))
+    for name in lm:                                 # fails if it starts from the base
+        close(sft[name], lm[name], 1e-6)
+    warm = ["--name", "corpora", "--parent", str(runs / "sft-task-token-corpora"), "--steps", "1"]
+    train_rl.main([*common, *token, *RL, *warm, "--splits"])
+    config = json.loads((runs / "rl-task-grpo-token-s0-corpora/config.json").read_text())
+    assert config["parent"] == "../sft-task-token-corpora"
+
+
 def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch):
     """A quarter of the answers cannot be judged, 30 % of the other attempts fail once or more."""
     def fault(prompt, attempt):

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -935,7 +936,7 @@ class Endpoint:
 
         def dead():                        # never gave a usable reply, or now gives none at all
             return not any(key in self.cache for key in keys) and (
-                not self.proven or set(replies.values()) == {None})
+                not self.proven or len(replies) >= 8 and set(replies.values()) == {None})
         pool = ThreadPoolExecutor(JUDGE["threads"])
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:
@@ -1171,11 +1172,13 @@ def gains_by_group(task: Task, before: list[dict], after: list[dict],
     parts = defaultdict(list)
     for pair in zip(before, after, strict=True):
         row = rows[pair[0]["id"]]
-        for group in (row.get("persona"), row.get("question", [None])[0], row.get("group")):
+        kind = row["question"][0] if isinstance(row.get("question"), (tuple, list)) else None
+        for group in {str(row[name]) for name in ("persona", "group") if row.get(name)} | {kind}:
             parts[group].append([nan_mean(r) for r in rewards_of(task, pair)])
     return {group: {"before": float(nan_mean([b for b, _ in pairs])),
                     "after": float(nan_mean([a for _, a in pairs])), "prompts": len(pairs)}
-            for group, pairs in parts.items() if group}
+            for group, pairs in sorted(parts.items(), key=lambda pair: pair[0] or "")
+            if group}
 
 
 STYLE = """:root { color-scheme: light dark }
@@ -1191,16 +1194,17 @@ small { opacity: .7 }
 svg { max-width: 100% }
 summary { cursor: pointer }"""
 LINES = ("#4c78d8", "#e8903a", "#3f9d58", "#c9504f", "#8d62c0", "#7f7f7f")
+DASHES = ("none", "4", "2", "8 3")
 CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_perplexity")
 
 
 def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     """A chart of name -> (x, y) points in their order, both axes marked at their ends; "" if there
-    is nothing to draw or all is 0."""
+    is nothing to draw."""
     lines = {name: finite for name, line in lines.items()
              if (finite := [p for p in line if all(map(math.isfinite, p))])}
     points = [p for line in lines.values() for p in line]
-    if not any(y for _, y in points):
+    if not points:
         return ""
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     parts = [f'<text x="45" y="14" font-weight="bold">{html.escape(title)}</text>']
@@ -1211,7 +1215,9 @@ def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
         colour = LINES[n % len(LINES)]
         places = [f"{45 + 260 * (x - left) / (right - left or 1):.1f},"
                   f"{140 - 114 * (y - low) / (high - low or 1):.1f}" for x, y in line]
-        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"/>'
+        dashes = DASHES[n // len(LINES) % len(DASHES)]
+        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" '
+                     f'stroke-dasharray="{dashes}"/>'
                      f'<text x="45" y="{176 + 15 * n}" fill="{colour}">{html.escape(name)}</text>')
         for place in places if len(places) < 12 else ():
             parts.append('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(
@@ -1415,8 +1421,10 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
 
 
 def judged(task: Task, rows: list[dict], answers: list[str]) -> list[str | None]:
-    """The judge's replies, on all ranks: each calls it for its own share."""
-    mine = range(rank(), len(rows), world_size())
+    """The judge's replies, on all ranks: each calls it for its own share, whole prompts, so that
+    equal answers to one are paid for once."""
+    order = {row_id: n for n, row_id in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    mine = [i for i, row in enumerate(rows) if order[row["id"]] % world_size() == rank()]
     own = task.judge([rows[i] for i in mine], [answers[i] for i in mine])
     replies = gather(dict(zip(mine, own)))
     return [replies[i] for i in range(len(rows))]
@@ -1429,7 +1437,7 @@ def chosen_splits(task: Task, names, n: int | None) -> dict[str, list[dict]]:
             for name in names if (rows := task.splits[name])}
 
 
-def answers_of(splits: dict[str, list[dict]], modes: dict[str, tuple[float, int]]) -> int:
+def n_answers(splits: dict[str, list[dict]], modes: dict[str, tuple[float, int]]) -> int:
     """How many answers an evaluation asks the judge for."""
     return sum(map(len, splits.values())) * sum(n for _, n in modes.values())
 
@@ -1542,7 +1550,7 @@ def main(argv=None):
         return rescore(args.rescore)
     if args.make_references:
         return make_references(args) if rank() == 0 else None
-    summaries, rewards, yardsticks, entries = {}, {}, {}, {}
+    summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
     for folder in map(Path, args.runs):
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
@@ -1576,14 +1584,17 @@ def main(argv=None):
         modes = {"greedy": (0.0, 1), **{
             "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
             for t in temperatures}}
-        say(f"{folder}: {sum(map(len, splits.values()))} prompts, {answers_of(splits, modes)} "
+        say(f"{folder}: {sum(map(len, splits.values()))} prompts, {n_answers(splits, modes)} "
             f"answers for the judge of task {task.name}")
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
                                       yardsticks[base])
         say(format_table(folder.name, without_dimensions(task, table)))
         summaries[folder] = table
-        rewards[folder] = {key: nan_mean(rewards_of(task, part), 1)
-                           for key, part in by_split_and_mode(predictions).items()}
+        rewards[folder] = {
+            key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
+            for key, part in by_split_and_mode(predictions).items()}
+        personas |= {row["id"]: str(row.get("persona") or row["id"])
+                     for rows in splits.values() for row in rows}
         if args.report:
             first = next(iter(splits.values()))[0]
             names = [other.name for other in map(Path, args.runs)]
@@ -1602,6 +1613,7 @@ def main(argv=None):
             atomic(out / "predictions.jsonl", lambda path: path.write_text(lines))
             atomic(out / "summary.json", lambda path: path.write_text(json.dumps(table, indent=1)))
             say(f"wrote predictions.jsonl and summary.json to {out}")
+        del agent                                   # before the next one is loaded
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
         say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
             "gives all the same")
@@ -1609,8 +1621,6 @@ def main(argv=None):
     if len(summaries) > 1:
         tables["reward, mean over seeds (deviation)"] = compare(summaries)
         tables["difference, mean and 95 % t-interval over seeds"] = gains_over_first(summaries)
-        personas = {name: [row.get("persona", row["id"]) for row in rows]
-                    for name, rows in splits.items()}
         tables["latent - token, per seed"] = contrasts(rewards, personas)
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
@@ -1733,32 +1743,45 @@ def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
     return rows
 
 
-def contrasts(rewards: dict[Path, dict], personas: dict[str, list]) -> dict[str, dict]:
-    """The paper's claim, latent minus token of each algorithm, on the sampled answers.
+PRIMARY = ("grpo", "dapo")      # the algorithms whose rows are corrected as one family
 
-    rewards: folder -> "split mode" -> reward of every prompt; personas: split -> of every prompt.
-    Differences are paired by run root and seed: mean and 95 % t-interval, the p-value of the paired
-    t-test after Holm's correction over the rows of this table, and beside it a bootstrap over
-    personas, then prompts, of the differences' mean over seeds.
+
+def contrasts(rewards: dict[Path, dict], personas: dict[str, str]) -> dict[str, dict]:
+    """The paper's claim, latent minus token of each algorithm, on the sampled answers: each group
+    of latent runs against each group of token runs. The paper's protocol is --samples 3
+    --temperature 0.1.
+
+    rewards: folder -> "split mode" -> prompt's id -> reward; personas: prompt's id -> persona.
+    Differences are paired by run root and seed: mean and 95 % t-interval, and of plain runs of
+    PRIMARY the p-value of the paired t-test after Holm's correction over these rows. Beside it a
+    bootstrap over personas, then prompts, of the mean over these seeds: it says nothing of other
+    seeds, and with four personas it is too narrow.
     """
     groups, rows, p_values = by_seed(rewards), {}, {}
-    for name, group in groups.items():
-        partner = groups.get(name.replace("-latent", "-token"), {})
-        pairs = [(rewards[folder], rewards[partner[key]])
-                 for key, folder in group.items() if key in partner and partner != group]
-        for key in (pairs[0][0] if len(pairs) > 1 and "/rl-" in name else ()):
-            gains = np.array([latent[key] - token[key] for latent, token in pairs])
-            seeds = nan_mean(gains, 1)                                  # (seeds,)
-            split, mode = key.split(" ", 1)
-            if mode == "greedy":
+    algorithms = {name: re.fullmatch(r"(.*/rl-.*-(\w+))-(latent|token)(-.*)?", name)
+                  for name in groups}
+    for name, other in itertools.product(groups, repeat=2):
+        one, two = algorithms[name], algorithms[other]
+        if not (one and two and one[1] == two[1] and (one[3], two[3]) == ("latent", "token")):
+            continue
+        pairs = [(rewards[folder], rewards[groups[other][key]])
+                 for key, folder in groups[name].items() if key in groups[other]]
+        for key in (pairs[0][0] if len(pairs) > 1 else ()):
+            ids = list(pairs[0][0][key])
+            if "greedy" in key or any(list(side.get(key, ())) != ids for pair in pairs
+                                      for side in pair):
                 continue
-            test = f"{name} - token, {key}"
-            t = seeds.mean() / (seeds.std(ddof=1) / math.sqrt(len(seeds)) or 1e-12)
-            p_values[test] = student_p(t, len(seeds) - 1)
-            low, high = persona_bootstrap(nan_mean(gains, 0), personas[split])
+            gains = np.array([[latent[key][row] - token[key][row] for row in ids]
+                              for latent, token in pairs])             # (seeds, prompts)
+            seeds, test = nan_mean(gains, 1), f"{name} - token{two[4] or ''}, {key}"
+            low, high = persona_bootstrap(nan_mean(gains, 0), [personas[row] for row in ids])
             rows[test] = {"pairs": len(seeds),
                           "mean": "{:+.3f} ± {:.3f}".format(*t_interval(seeds)),
                           "personas, prompts": f"[{low:+.3f}, {high:+.3f}]"}
+            deviation = seeds.std(ddof=1)
+            if one[2] in PRIMARY and not one[4] and not two[4] and deviation > 1e-12:
+                t = seeds.mean() / deviation * math.sqrt(len(seeds))
+                p_values[test] = student_p(t, len(seeds) - 1)
     for test, p in holm(p_values).items():
         rows[test]["p (Holm)"] = f"{p:.2g}"
     return rows

@@ -106,13 +106,13 @@ def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=No
     positions = positions.expand(3, -1, -1) if positions.dim() == 2 else positions
     rope = rotary(x, positions)
     for layer in layers:
-        run = again(layer) if recompute and cache is None else layer
+        run = recomputed(layer) if recompute and cache is None else layer
         x = run(x, attention_mask=mask, position_embeddings=rope, position_ids=None,
                 past_key_values=cache)
     return x
 
 
-def again(function):
+def recomputed(function):
     """`function`, whose inside is not kept for the backward pass but computed there again."""
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
@@ -229,7 +229,7 @@ class Projector(nn.Module):
 def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
     """function(*tensors) -> tuple of tensors, computed `rows` rows at a time and again in the
     backward pass, so that what it makes inside never exists for all rows at once."""
-    parts = [again(function)(*part)
+    parts = [recomputed(function)(*part)
              for part in zip(*(x.split(max(1, rows)) for x in tensors))]
     return [torch.cat(outputs) for outputs in zip(*parts)]
 
@@ -373,6 +373,8 @@ class Agent(nn.Module):
         device = device_of(args)
         has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         auto = "bfloat16" if has_bfloat16 else "float32"
+        if device == "cuda" and args.dtype == "auto" and not has_bfloat16:
+            say("note: this card has no bfloat16, so the backbone is float32, twice the memory")
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
@@ -448,7 +450,8 @@ class Agent(nn.Module):
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype, args.recompute = device, dtype, False
         if not {"model", *STRUCTURE["tiny"]} <= set(vars(args)):
-            raise UserError(f"{folder}: config.json is not that of a stage; name a run folder")
+            raise UserError(f"{folder}: config.json is not that of a stage of this version; name a "
+                            "run folder, or redo it with --fresh")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
         agent = cls.from_base(args).load_run(folder, skip).eval()
@@ -474,7 +477,8 @@ class Agent(nn.Module):
         returns the named ones, whose fp32 weights train."""
         for name, module in self.named_children():
             module.requires_grad_(name in names)
-            module.recompute = self.recompute
+            if isinstance(module, CausalStack):
+                module.recompute = self.recompute
             if name not in names:
                 cast(module, self.dtype)
         return {name: getattr(self, name) for name in names}
@@ -604,7 +608,8 @@ class KVCache:
 
     def keep(self, rows: Tensor):
         """Drop all rows but `rows` (finished answers stop costing)."""
-        self.buffers = {layer: buffer[:, rows] for layer, buffer in self.buffers.items()}
+        for layer, buffer in self.buffers.items():          # one at a time, to free the old ones
+            self.buffers[layer] = buffer[:, rows]
 
 
 def min_p_bias(logits: Tensor, min_p: float) -> Tensor:
@@ -825,7 +830,7 @@ def replay(policy: CausalStack, r: Rollout) -> Tensor:
         return prompt, run_layers([layer], x, policy.rotary, r.positions, cache, mask)
     prompt, x = r.prompt, r.inputs
     for layer in policy.layers:
-        prompt, x = (again(both) if policy.recompute else both)(layer, prompt, x)
+        prompt, x = (recomputed(both) if policy.recompute else both)(layer, prompt, x)
     return policy.norm(x.to(policy.norm.weight.dtype))
 
 
@@ -1598,8 +1603,8 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
         "changes no gradient; one row or one prompt's answers at least (default: 16384)")
-    add("--recompute", action="store_true", help="layers that train, in the backward pass: less "
-        "memory, more time, the same gradient")
+    add("--recompute", action="store_true", help="decoder layers that train, in the backward pass: "
+        "less memory, more time, the same gradient")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--fresh", action="store_true", help="delete this run's folder and start it again")

@@ -22,6 +22,7 @@ Losses on task rows count the responses only; on corpora all text. Deviations: R
 """
 
 import argparse
+import copy
 import math
 import sys
 from pathlib import Path
@@ -172,20 +173,25 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int,
 
 @torch.no_grad()
 def lm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
-    """Held-out cross-entropy of the token policy as a language model."""
-    report = {}
+    """Held-out cross-entropy of the token policy as a language model, beside the base's."""
+    report, base = {}, copy.copy(agent)
+    base._modules = dict(agent._modules)
+    base.make_token_policy()
     for name, examples in held.items():
+        batches = list(held_batches(agent, examples, tokens_at_once))
         with agent.autocast():
-            losses = [token_losses(agent, batch)[1]
-                      for batch in held_batches(agent, examples, tokens_at_once)]
-        report[name] = {"policy": torch.cat(losses).mean().item()}
+            report[name] = {label: torch.cat([token_losses(one, batch)[1] for batch in batches])
+                            .mean().item() for label, one in (("policy", agent), ("base", base))}
     return report
 
 
 def main(argv=None):
     args = arguments().parse_args(argv)
     token, on_corpora = args.action_space == "token", args.stage == "bc"
-    kind = ("lm" if token else "bc") if on_corpora else "token" if token else args.sft
+    if token:
+        kind = "lm" if on_corpora else "token"
+    else:
+        kind = "bc" if on_corpora else args.sft
     fill(args, DEFAULTS[kind])
     stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
     identity = tasks.identity(args, "paired", "text", *([] if on_corpora else ["task"]))
@@ -199,7 +205,8 @@ def main(argv=None):
             args, identity, "bc", sys.modules[__name__], "--stage", "bc")
     elif args.parent:
         parent = predecessor(args, identity, "bc-token", sys.modules[__name__])
-        if kind == "lm" or read_config(parent)["space"] != "token":
+        config = read_config(parent)
+        if kind == "lm" or config["space"] != "token" or "task" in config["identity"]:
             raise UserError("--parent: the token baseline starts from the base alone, or its warm "
                             "start from a bc-token run (--stage bc --action-space token)")
     # In the release's way the backbone itself trains: fp32.
@@ -244,7 +251,7 @@ def main(argv=None):
         report = lm_report if token else bc_report
         run.report("policy, held out", report(agent, held, args.tokens_at_once))
     elif splits := tasks.chosen_splits(task, ["valid"], args.eval_prompts):
-        say(f"answers to be judged: {tasks.answers_of(splits, tasks.MODES)}")
+        say(f"answers to be judged: {tasks.n_answers(splits, tasks.MODES)}")
         table, samples = tasks.evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once)
         run.report("reward, validation prompts", tasks.without_dimensions(task, table))
         run.append("samples.jsonl", samples[:20])

@@ -21,8 +21,8 @@ import argparse
 import eval as tasks
 import train_projector
 from model import (Agent, Batch, Run, UserError, all_sum, corpora, cosine, fill, folder_of,
-                   held_batches, keyed_gumbel, launch, make_parser, next_batches, optimizer_step,
-                   predecessor, say, token_logprobs, within)
+                   held_batches, key_seed, keyed_gumbel, launch, make_parser, next_batches,
+                   optimizer_step, predecessor, say, token_logprobs, within)
 from train_projector import ensure_base, projector_counts, projector_losses, projector_report
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 TAU = 2.0              # temperature of the Gumbel-softmax
 ENTROPY = 1e-3         # weight of the per-token entropy bonus
-NOISE = 0.1            # of the report's noise, as a share of the embeddings' deviation
+NOISE = 0.1            # of the report's noise, as a share of an embedding's root mean square
 WINDOW = 0.95          # decay of the running histogram of codes that usage is read from
 DEFAULTS = {"idm": {"tiny": {"steps": 400, "lr": 1e-3, "batch_tokens": 1024},
                     "full": {"steps": 160, "lr": 1e-4, "batch_tokens": 8192}}}
@@ -93,9 +93,9 @@ def inverse_counts(batches: list[Batch]) -> dict[str, float]:
 @torch.no_grad()
 def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tuple[dict, dict]:
     """Held-out cross-entropy of x_{t+1} given the IDM's noise-free code, beside the backbone's
-    own, shuffled codes' and random codes'; the same with noise on the embeddings, and the share of
-    codes that stay; codes in use, marginal perplexity, and code use of text-only rows without the
-    projector ("text, no P": coverage); and every code's share."""
+    own, shuffled codes' and random codes', and that of codes inferred with noise on the embeddings,
+    with the share of them that stay; codes in use, marginal perplexity, and code use of text-only
+    rows without the projector ("text, no P": coverage); and every code's share."""
     report, shares, n, head = {}, {}, agent.structure["codes"], agent.backbone.lm_head
     labels = {name: name for name in held}
     if "text" in held and agent.projector is not None:
@@ -104,20 +104,23 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
         parts = []
         for batch in held_batches(agent, held[name], tokens_at_once):
             where, targets = batch.labelled()
-            e, generator = agent.embeddings(batch), torch.Generator().manual_seed(0)
-            noise = NOISE * e.std() * torch.randn(e.shape, generator=generator).to(e)
-            parts.append([e[:, :-1][where], targets])
-            for given in (e, e + noise):
+            e, inferred = agent.embeddings(batch), []
+            noise = nn.utils.rnn.pad_sequence([     # of a row: the same in any batch
+                torch.randn(int(n), e.shape[-1], generator=torch.Generator().manual_seed(
+                    key_seed("noise", row_id)))
+                for row_id, n in zip(batch.row_ids, batch.text_lengths)], batch_first=True).to(e)
+            size = e.square().mean(-1, keepdim=True).sqrt()
+            for given in (e + NOISE * size * noise, e):
                 states = given if label != name else agent.project(given, batch.has_image)
                 with agent.autocast():
-                    codes = agent.idm_logits(states)[where].argmax(-1)
-                parts[-1] += [states[:, :-1][where], codes]
-        e, targets, s, codes, noisy_s, noisy_codes = map(torch.cat, zip(*parts))     # (K, ...) each
+                    inferred.append(agent.idm_logits(states)[where].argmax(-1))
+            parts.append((e[:, :-1][where], states[:, :-1][where], targets, *inferred))
+        e, s, targets, noisy, codes = map(torch.cat, zip(*parts))             # (K, ...) each
         generator = torch.Generator().manual_seed(0)
         shuffled = codes[torch.randperm(len(codes), generator=generator).to(s.device)]
         random = torch.randint(n, codes.shape, generator=generator).to(s.device)
 
-        def ce(given, s=s):
+        def ce(given):
             with agent.autocast():
                 x = agent.world(s, agent.codebook(given)).to(s.dtype)
                 return -token_logprobs(head, x, targets, agent.token_bias).mean().item()
@@ -125,8 +128,8 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
         counts = torch.bincount(codes, minlength=n)
         shares[label] = (counts / len(codes)).tolist()
         report[label] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
-                         "backbone": backbone, "IDM, noise": ce(noisy_codes, noisy_s),
-                         "kept": (codes == noisy_codes).float().mean().item(),
+                         "backbone": backbone, "IDM, noise": ce(noisy),
+                         "kept": (codes == noisy).float().mean().item(),
                          **tasks.code_usage(counts)}
     return report, shares
 

@@ -58,9 +58,10 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
-DEFAULTS = {"latent": {"tiny": {"steps": 50, "lr": 2e-4, "inner_epochs": 2}, "full": FULL},
-            "token": {"tiny": {"steps": 50, "lr": 2.5e-4, "inner_epochs": 2}, "full": FULL}}
+FULL_SCALE = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
+DEFAULTS = {"latent": {"tiny": {"steps": 50, "lr": 2e-4, "inner_epochs": 2},
+                       "full": FULL_SCALE},
+            "token": {"tiny": {"steps": 50, "lr": 2.5e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
 # Of the default run on two CPU cores: what a fresh start has before it.
 MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 1.5}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
@@ -394,7 +395,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
         norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
     tokens = max(1.0, totals["tokens"])
-    return {"loss": totals["loss"] / max(1, len(norms)), "kl": totals["kl"] / tokens,
+    kl = {} if reference is None else {"kl": totals["kl"] / tokens}
+    return {"loss": totals["loss"] / max(1, len(norms)), **kl,
             "entropy": totals["entropy"] / tokens, "clip_fraction": totals["clipped"] / tokens,
             "grad_norm": norms[-1] if norms else 0.0, "ratio_error": worst}
 
@@ -485,8 +487,8 @@ def main(argv=None):
                                                         "sampled": (args.temperature, 4)}
     answers = args.steps * args.prompts * args.group_size
     more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
-    say(f"answers to be judged: {answers}{more} in training, "
-        f"{2 * tasks.answers_of(splits, modes)} in the evaluation before and after")
+    say(f"answers to be judged in all: {answers}{more} in training, "
+        f"{2 * tasks.n_answers(splits, modes)} in the evaluation before and after")
     initial = None                                  # the start, and the KL's reference
     if args.beta or splits:
         initial = copy.deepcopy(agent.policy).requires_grad_(False)

@@ -936,7 +936,7 @@ class Endpoint:
 
         def dead():                        # never gave a usable reply, or now gives none at all
             return not any(key in self.cache for key in keys) and (
-                not self.proven or len(replies) >= 8 and set(replies.values()) == {None})
+                not self.proven or set(replies.values()) == {None})
         pool = ThreadPoolExecutor(JUDGE["threads"])
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:

@@ -1834,8 +1834,8 @@ def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
 
 def test_recomputed_layers_keep_their_inputs_alone_and_have_the_same_gradient():
     """Over rows and over a rollout; fails if `recompute` does not reach both."""
-    agent, r = copy.copy(tiny_agent()), roll()[1]
-    agent.structure = {**agent.structure, "policy_layers": 4}
+    agent, r = copy.deepcopy(tiny_agent()), roll()[1]
+    agent.structure["policy_layers"] = 4
     agent.make("policy", seed=1)
     states, kept = torch.randn(2, 64, agent.width), []
 
@@ -3197,7 +3197,7 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
     assert losses == {"paired": 0, "cycle": 0}
     batch = agent.encoder.collate([agent.encoder.encode(ROWS[1], prompt=True, responses_only=True)])
     for kind, (_, trains, losses) in train_bc.KINDS.items():
-        agent = agent.make_token_policy() if kind == "token" else trainable(*trains)
+        agent = agent.make_token_policy() if kind in ("token", "lm") else trainable(*trains)
         code_loss, token_loss, hits = losses(agent, batch)
         (code_loss + token_loss).sum().backward()
         assert len(code_loss) == len(token_loss) == len(hits) == 0
@@ -3483,7 +3483,8 @@ def test_update_gradient_equals_the_papers_formula_written_out(algo):
     rewards = torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.2, 0.2]])
     (got,), figures, reference = update(r, rewards, algo, drop=drop)
     beta = 0.01 if algo == "grpo" or "released" in algo else 0.0
-    assert figures["ratio_error"] < 1e-4 and (figures["kl"] > 0) == (beta > 0)
+    assert figures["ratio_error"] < 1e-4 and (figures.get("kl", 0) > 0) == ("kl" in figures) \
+        == (beta > 0)
     (small,), *_ = update(r, rewards, algo, "--tokens-at-once", "1", drop=drop)
     for n, g in small.items():
         close(g, got[n], 1e-4)                      # any split into micro-batches: same gradient
@@ -4357,10 +4358,10 @@ def test_chain_token_baseline_on_the_corpora_first(chain, quick):
 
 
 def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch):
-    """A quarter of the answers cannot be judged, 30 % of the other attempts fail once or more."""
+    """15 % of the answers cannot be judged, 30 % of the other attempts fail once or more."""
     def fault(prompt, attempt):
         draw = random.Random(prompt)
-        return "500" if draw.random() < 0.25 else draw.choice(FAULTS) if attempt < 2 and \
+        return "500" if draw.random() < 0.15 else draw.choice(FAULTS) if attempt < 2 and \
             draw.random() < 0.3 else None
     server = FakeJudge(tasks.DIMENSIONS, fault)
     for name, value in (("pause", 0.01), ("timeout", 3.0)):
@@ -4368,7 +4369,7 @@ def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch)
     monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
     train_rl.main(["--task", chain.task, "--run-root", str(chain.root), "--name", "judge", *RL,
                    "--judge-url", server.url, "--judge-model", "m", "--steps", "3", "--device",
-                   "cpu"])
+                   "cpu", "--temperature", "5"])                        # answers that differ
     server.shutdown()
     log, files = chain.log(f"{MAIN}-judge"), [f for f in chain.root.rglob("*") if f.is_file()]
     assert 0 < sum(r["judge_failed"] for r in log) < 24

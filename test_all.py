@@ -1,6 +1,6 @@
 """Tests, grouped by the file they test, fast ones first; the whole chain comes last.
 
-    python -m pytest -q test_all.py                     # everything, about 5 minutes on 2 cores
+    python -m pytest -q test_all.py                     # everything, about 10 minutes on 2 cores
     python -m pytest -q test_all.py -k "not chain"      # without the subprocess runs: seconds
 
 Expected values are worked by hand or by brute force; `# fails if` names a slip that a test is
@@ -4244,18 +4244,16 @@ def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, c
 def test_chain_goes_on_with_another_number_of_ranks_on_the_same_data(chain, recorded):
     """Two ranks until one is killed, then four: rows, prompts, noise and draws do not depend on
     the number of ranks, so the logs are those of one rank up to rounding."""
-    commands = {"idm": ("train_idm", [*CORPUS, "--name", "four"]),
-                "bnpo": ("train_rl", ["--algo", "bnpo", "--name", "four", "--eval-prompts", "1",
-                                      "--lr", "1e-4", *SHORT, "--prompts", "5"])}
-    for root in ("lone", "four"):
+    for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
+                                                 {"ranks": 4}])):
         shutil.copytree(chain.folder / "one", chain.folder / root)
-    common = ["--steps", "4", "--parent"]
-    parents = ("projector-idm1-policy1", "sft-task-latent-idm1-policy1")
-    for (name, command), parent in zip(commands.items(), parents, strict=True):
-        for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
-                                                     {"ranks": 4}])):
-            for run in runs:
-                chain.drive(root, {name: command}, common=[*common, f"{root}/tiny/{parent}"], **run)
+        own = ["--name", "four", "--parent", f"{root}/tiny/"]
+        commands = {"idm": ("train_idm", [*CORPUS, *own[:3], own[3] + "projector-idm1-policy1"]),
+                    "bnpo": ("train_rl", [
+                        "--algo", "bnpo", "--eval-prompts", "1", "--lr", "1e-4", *SHORT, "--prompts",
+                        "5", *own[:3], own[3] + "sft-task-latent-idm1-policy1"])}
+        for run in runs:
+            chain.drive(root, commands, common=["--steps", "4"], **run)
     for stage in ("idm-idm1-policy1-four", "rl-task-bnpo-latent-s0-idm1-policy1-four"):
         lone, four = (chain.log(stage, chain.folder / root / "tiny") for root in ("lone", "four"))
         assert len(lone) == len(four) == 4

@@ -229,8 +229,7 @@ class Projector(nn.Module):
 def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
     """function(*tensors) -> tuple of tensors, computed `rows` rows at a time and again in the
     backward pass, so that what it makes inside never exists for all rows at once."""
-    parts = [recomputed(function)(*part)
-             for part in zip(*(x.split(max(1, rows)) for x in tensors))]
+    parts = [recomputed(function)(*part) for part in zip(*(x.split(max(1, rows)) for x in tensors))]
     return [torch.cat(outputs) for outputs in zip(*parts)]
 
 

@@ -4247,11 +4247,12 @@ def test_chain_goes_on_with_another_number_of_ranks_on_the_same_data(chain, reco
     for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
                                                  {"ranks": 4}])):
         shutil.copytree(chain.folder / "one", chain.folder / root)
-        own = ["--name", "four", "--parent", f"{root}/tiny/"]
-        commands = {"idm": ("train_idm", [*CORPUS, *own[:3], own[3] + "projector-idm1-policy1"]),
-                    "bnpo": ("train_rl", [
-                        "--algo", "bnpo", "--eval-prompts", "1", "--lr", "1e-4", *SHORT, "--prompts",
-                        "5", *own[:3], own[3] + "sft-task-latent-idm1-policy1"])}
+        start = ["--name", "four", "--parent"]
+        commands = {
+            "idm": ("train_idm", [*CORPUS, *start, f"{root}/tiny/projector-idm1-policy1"]),
+            "bnpo": ("train_rl", [*SHORT, "--algo", "bnpo", "--prompts", "5", "--eval-prompts", "1",
+                                  "--lr", "1e-4", *start,
+                                  f"{root}/tiny/sft-task-latent-idm1-policy1"])}
         for run in runs:
             chain.drive(root, commands, common=["--steps", "4"], **run)
     for stage in ("idm-idm1-policy1-four", "rl-task-bnpo-latent-s0-idm1-policy1-four"):

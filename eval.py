@@ -167,7 +167,7 @@ def load_task(args) -> Task:
     if args.task == "mini":
         # One fixed draw, so that all runs share its prompts; the tests were drawn anew
         # (4, after 3) when this world and every setting had been chosen on validation prompts.
-        task = mini_task(seed=1, test_seed=4)
+        task = mini_task(seed=1, test_seed=5)
     elif args.task in TASKS:
         if not args.task_root or not Path(args.task_root).is_dir():
             raise UserError(f"--task {args.task}: --task-root {args.task_root} is not a folder; "
@@ -196,7 +196,7 @@ def load_task(args) -> Task:
 # CELLS: a fixed order is what lets a tiny model learn from scratch to look. The base has seen all
 # personas, text-only rows hold all of them; paired rows, demonstrations and RL the familiar ones.
 
-MINI_VERSION = 2           # bumped by hand whenever rows, pictures or marks of this world change
+MINI_VERSION = 3           # bumped by hand whenever rows, pictures or marks of this world change
 
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")

@@ -3281,19 +3281,13 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
     code_loss, token_loss, hits = train_bc.KINDS["clone"][2](agent, batch)
     logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
-    def token_ce(codes):
-        x = agent.world(states[:, :-1][at], agent.codebook(codes))
-        return F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
-                               reduction="none")
     close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
-    close(token_loss, token_ce(codes), 1e-4)
-    assert torch.equal(hits, logits.argmax(-1) == codes)
-    alone = train_bc.KINDS["bc"][2](agent, batch)
-    assert torch.equal(alone[0], code_loss) and torch.equal(alone[2], hits)
-    assert not alone[1].any()
+    assert torch.equal(hits, logits.argmax(-1) == codes) and not token_loss.any()
     code_loss, token_loss, hits = train_bc.KINDS["release"][2](agent, batch)
     assert (logits.argmax(-1) != codes).any()       # the policy's codes, not the IDM's
-    close(token_loss, token_ce(logits.argmax(-1)), 1e-4)
+    x = agent.world(states[:, :-1][at], agent.codebook(logits.argmax(-1)))
+    close(token_loss, F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
+                                      reduction="none"), 1e-4)
     assert not code_loss.any() and torch.equal(hits, token_loss < math.log(2))
 
 
@@ -4282,7 +4276,7 @@ def test_chain_noise_of_the_inverse_dynamics_model_is_keyed_by_the_step(chain, r
 def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
     last = r"layers\.1\."
     patterns = {"projector": r"projector\.", "idm": r"(projector|idm|codebook|world)\.",
-                "bc": r"policy\.", "clone": r"(policy|world)\.", "token": r"policy\.",
+                "bc": r"policy\.", "clone": r"policy\.", "token": r"policy\.",
                 "release": rf"backbone\.model\.(visual\.|language_model\.({last}|norm|embed))"}
     for stage in recorded:
         changed = recorded[stage]["changed"]
@@ -4952,10 +4946,7 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
                 torch.sum, train_idm.inverse_losses(agent, batch, flat,
                                                     torch.zeros(1, N, codes))[:2])),
                            dtype, *m.values()),
-            "bc": peak_of(lambda: train_bc.code_losses(agent, batch, merge=False)[0], dtype,
-                          *m.values()),
-            "sft": peak_of(lambda: sum(train_bc.code_losses(agent, batch, merge=True)[:2]), dtype,
-                           *m.values()),
+            "bc": peak_of(lambda: train_bc.code_losses(agent, batch)[0], dtype, *m.values()),
             "sft token": peak_of(token_head, dtype, m["token policy"]),
             "rl": peak_of(lambda: updated(m["policy"]), dtype, m["policy"]),
             "rl token": peak_of(lambda: updated(m["token policy"], agent.token_bias), dtype,
@@ -5000,10 +4991,9 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
     latent = ("idm", "codebook", "world")
     stage("idm", (*latent, "projector"), states=3 * N * width * word,
           work=max(held["idm"], frozen))
-    stage("bc", ("policy",), ("base", *latent, "projector"), states=2 * N * width * word,
-          work=max(held["bc"], frozen))
-    stage("sft latent", ("policy", "world"), ("base", "idm", "codebook", "projector"),
-          states=2 * N * width * word, work=max(held["sft"], frozen))
+    for cloning in ("bc", "sft latent"):
+        stage(cloning, ("policy",), ("base", *latent, "projector"), states=2 * N * width * word,
+              work=max(held["bc"], frozen))
     stage("sft token", ("token policy",), states=2 * N * width * word,
           work=max(held["sft token"], frozen))
     # The release's way: all is fp32, vision tower and last layers train, so that every layer keeps

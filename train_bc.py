@@ -5,9 +5,8 @@ Paper, section 3 (policy) and section 4 (training recipe). Five kinds, the rows 
     bc        --stage bc: the policy pi(a_t | s_1..s_t) clones the inverse dynamics model's
               noise-free argmax code, which has seen x_{t+1}, on paired and text-only corpora:
                   L_BC = CE(argmax_a IDM(s_1..s_{t+1}); pi(. | s_1..s_t))
-    clone     latent SFT, ours and the default: L_BC on the task's demonstrations, and the merge
-              fits their tokens given those codes, CE(x_{t+1}; f_world(s_t, a_t)); the backbone
-              stays frozen, so the states stay what every module was trained on
+    clone     latent SFT, ours and the default: L_BC on the task's demonstrations; backbone and
+              world model stay frozen, so states and codes keep what text-only rows taught
     release   --sft release: policy, codebook and merge frozen, the policy's argmax code drives the
               world model while vision tower, last layers, norm and embeddings of the backbone train
     token     --action-space token, the baseline: the backbone's last layers, norm and untied head
@@ -77,19 +76,14 @@ def idm_codes(agent: Agent, states: Tensor, where: Tensor) -> Tensor:
     return agent.idm_logits(states)[where].argmax(-1)
 
 
-def code_losses(agent: Agent, batch: Batch, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Kinds bc and, with `merge`, clone. A hit is the IDM's code as the policy's argmax."""
-    where, targets = batch.labelled()
+def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Kinds bc and clone. A hit is the IDM's code as the policy's argmax."""
+    where, _ = batch.labelled()
     states = agent.states(batch)
     codes = idm_codes(agent, states, where)
     logits = agent.policy(states, text_positions(states))[:, :-1][where]
     code_loss = cloning_loss(logits, codes)
-    token_loss = torch.zeros_like(code_loss)
-    if merge:
-        x = agent.world(states[:, :-1][where], agent.codebook(codes))
-        token_loss = -token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets,
-                                     agent.token_bias)
-    return code_loss, token_loss, logits.argmax(-1) == codes
+    return code_loss, torch.zeros_like(code_loss), logits.argmax(-1) == codes
 
 
 def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,9 +110,8 @@ def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 KINDS = {   # folder, what trains, loss
-    "bc": ("bc", ("policy",), lambda agent, batch: code_losses(agent, batch, merge=False)),
-    "clone": ("sft-{task}-latent", ("policy", "world"),
-              lambda agent, batch: code_losses(agent, batch, merge=True)),
+    "bc": ("bc", ("policy",), code_losses),
+    "clone": ("sft-{task}-latent", ("policy",), code_losses),
     "release": ("sft-{task}-latent-release", ("backbone",), release_losses),
     "token": ("sft-{task}-token", ("policy",), token_losses),
     "lm": ("bc-token", ("policy",), token_losses)}

@@ -40,7 +40,7 @@ DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 204
 # Stage 0, found on validation prompts: (phase, steps, Muon's lr, AdamW's lr). The last phase is
 # gentle, or dialogue undoes the grounding that alignment and captions have taught.
 BASE_PHASES = (("align", 250, 0.02, 3e-3), ("caption", 120, 0.02, 2e-3),
-               ("dialogue", 600, 0.01, 2e-3))
+               ("dialogue", 500, 0.01, 2e-3))
 BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
              "dialogue": {"base": 8192, "text": 4096, "caption": 512}}
 BASE_TOKENS = 2048
@@ -200,11 +200,13 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
                            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-        # As in the 7B. Tied, the last state of a model this small forgets the word it stands at,
-        # which is what inverse dynamics has to read from it.
-        tie_word_embeddings=False)
+        tie_word_embeddings=False)                      # as in the 7B
     torch.manual_seed(key_seed(seed, "base"))
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    # Inverse dynamics has to read from the last state which word it stands at. Tied embeddings, or
+    # small ones, are overwritten on the way there in a model this narrow; larger ones (1.0) outshine
+    # the picture.
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
     return model, tokenizer, processor

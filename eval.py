@@ -1619,7 +1619,8 @@ def main(argv=None):
             "gives all the same")
     tables = {}
     if len(summaries) > 1:
-        tables["reward, mean over seeds (deviation)"] = compare(summaries)
+        for figure in ("reward", "diversity"):
+            tables[f"{figure}, mean over seeds (deviation)"] = compare(summaries, figure)
         tables["difference, mean and 95 % t-interval over seeds"] = gains_over_first(summaries)
         tables["latent - token, per seed"] = contrasts(rewards, personas)
     tables = {name: rows for name, rows in tables.items() if rows}
@@ -1675,16 +1676,17 @@ def seconds(folder: Path) -> tuple[float, float]:
     return sum(row["seconds"] for row in read_log(folder)), before
 
 
-def compare(summaries: dict[Path, dict]) -> dict[str, dict]:
-    """Each group of `by_seed` as one row: mean (deviation) of the reward, and mean seconds."""
+def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
+    """Each group of `by_seed` as one row: mean (deviation) of a figure, and mean seconds."""
     rows = {}
     for name, group in by_seed(summaries).items():
         tables = [summaries[folder] for folder in group.values()]
         rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
-            values = [t[key]["reward"] for t in tables if key in t]
-            spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
-            rows[name][key] = f"{np.mean(values):.3f}{spread}"
+            values = [t[key][figure] for t in tables if figure in t.get(key, ())]
+            if values:
+                spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+                rows[name][key] = f"{np.mean(values):.3f}{spread}"
         own, before = np.mean([seconds(folder) for folder in group.values()], 0)
         rows[name] |= {"seconds": f"{own:.0f}", "stages before": f"{before:.0f}"}
     return rows

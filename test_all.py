@@ -1993,7 +1993,7 @@ def scored_run(root, name, seed, reward):
     (root / name).mkdir(parents=True)
     (root / name / "config.json").write_text(json.dumps({
         "args": {"seed": seed}, "identity": {}, "base": "", "parent": None, "sha256": None}))
-    return {root / name: {"id": {"reward": reward}}}
+    return {root / name: {"id": {"reward": reward, "diversity": 1 + reward}}}
 
 
 def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
@@ -2011,7 +2011,11 @@ def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
     config.write_text(config.read_text().replace(
         '"parent": null', '"parent": "../../../a/tiny/sft-x-s2-latent"'))
     alone = {"seeds": 1, "min_p": None, "seconds": "0", "stages before": "0"}
-    assert tasks.compare(runs) == {                 # of 0, .1 and .7: the same run elsewhere, too
+    diversity = tasks.compare({**runs, tmp_path / "a/tiny/sft-x-s2-latent": {"id": {}}},
+                              "diversity")                  # greedy answers have none
+    assert diversity["tiny/rl-x-dapo-latent"]["id"] == "1.267 (0.379)"
+    assert "id" not in diversity["tiny/sft-x-s2-latent"]
+    assert tasks.compare(runs, "reward") == {       # of 0, .1 and .7: the same run elsewhere, too
         "tiny/rl-x-dapo-latent": {**alone, "seeds": 3, "id": "0.267 (0.379)"},
         "tiny/rl-x-dapo-latent-b": {**alone, "id": "0.200"},
         "tiny/rl-my-s3-task-dapo-token": {**alone, "id": "0.300"},

@@ -61,7 +61,7 @@ ALGORITHMS = {
 FULL_SCALE = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
 DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
                        "full": FULL_SCALE},
-            "token": {"tiny": {"steps": 30, "lr": 2.5e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
+            "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
 # Of the default run on two CPU cores: what a fresh start has before it.
 MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 1.5}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts

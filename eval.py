@@ -887,6 +887,7 @@ reference's. Do not repeat scores found in the texts. The form of each line:
 JUDGE = {"threads": 16, "attempts": 6, "timeout": 120.0, "pause": 1.0, "longest_pause": 60.0,
          "patience": 180.0}                # calls; seconds; seconds after which no call is repeated
 JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
+SOME = 4                                   # calls: fewer do not show that a judge is gone or of no use
 
 
 class Endpoint:
@@ -934,9 +935,10 @@ class Endpoint:
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
         replies, tokens, reason = {}, 0, None
 
-        def dead():                        # never gave a usable reply, or now gives none at all
-            return not any(key in self.cache for key in keys) and (
-                not self.proven or set(replies.values()) == {None})
+        def dead():       # no reply from the start; later, or with replies of no use, of some calls
+            silent = set(replies.values()) == {None}
+            return (not any(key in self.cache for key in keys) and (silent or not self.proven)
+                    and (len(replies) >= SOME or silent and not self.proven))
         pool = ThreadPoolExecutor(JUDGE["threads"])
         with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
                 open(self.file, "a", encoding="utf-8") as cache:

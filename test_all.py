@@ -2521,9 +2521,10 @@ def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, mo
 
 def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint, monkeypatch):
     _, judge = endpoint(lambda prompt, attempt: "refusal")      # one that was never of any use
-    with pytest.raises(UserError, match="no usable reply in 1 calls .malformed, one begins 'I "
+    with pytest.raises(UserError, match="no usable reply in 4 calls .malformed, one begins 'I "
                        "cannot judge this.'.; see that the server.*same command"):
-        judge([QUESTION], ["bad"])
+        judge([QUESTION] * 4, ["bad", "worse", "worst", "hopeless"])
+    assert judge([QUESTION], ["bad"]) == ["I cannot judge this."]   # it may be the answer's fault
     server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else
                              "500" if "down" in prompt else None)
     good, bad, down = judge([QUESTION] * 3, ["fine", "bad", "down"])
@@ -2532,8 +2533,9 @@ def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoin
     assert len(server.calls) == 1 + 6 + 6
     assert judge([QUESTION] * 2, ["fine", "fine"]) == [good] * 2 and len(server.calls) == 13
     assert judge([QUESTION] * 2, ["fine", "bad"]) == [good, bad] and len(server.calls) == 19
-    with pytest.raises(UserError, match="no usable reply in 1 calls .HTTP 500"):
-        judge([QUESTION], ["down 2"])               # the good one before excuses nothing
+    assert judge([QUESTION] * 3, ["down 2", "down 3", "down 4"]) == [None] * 3
+    with pytest.raises(UserError, match="no usable reply in 4 calls .HTTP 500"):
+        judge([QUESTION] * 4, [f"down {n}" for n in range(2, 6)])   # good ones excuse no more
     _, judge = endpoint(lambda prompt, attempt: "401")
     with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
         judge([QUESTION], ["x"])
@@ -2749,11 +2751,13 @@ def test_evaluation_draws_are_keyed_by_the_row():
         groups = tasks.generate(agent, rows, 1.0, 4, 10, seed, tokens_at_once)
         return {r["id"]: group for r, group in zip(rows, groups, strict=True)}
     every, decode = answers(rows), agent.encoder.tokenizer.decode
+    ends = agent.encoder.stop_ids.tolist()
     for group in every.values():
         assert len(group) == 4
         for answer in group:
             assert len(answer["tokens"]) == len(answer["actions"])
-            assert decode(answer["tokens"]).startswith(answer["text"])
+            said = answer["tokens"][:-1] if answer["tokens"][-1] in ends else answer["tokens"]
+            assert decode(said) == answer["text"]
     for again in (answers(rows[::-1]), answers(rows, tokens_at_once=1)):
         assert again == every                       # fails if keyed by place
     for some in (rows[:1], rows[1:4], [rows[4], rows[2]]):
@@ -3999,7 +4003,7 @@ def test_chain_runs_every_stage_and_says_so(chain):
 def test_chain_leaves_only_what_each_stage_trained_and_an_agent(chain):
     for stage, modules in {"projector": {"projector"}, "bc": {"policy"}, MAIN: {"policy"},
                            "idm": {"idm", "codebook", "world", "projector"},
-                           "sft-task-latent": {"policy", "world"}}.items():
+                           "sft-task-latent": {"policy"}}.items():
         assert {k.split(".")[0] for k in chain.weights(stage)} == modules, stage
         assert not (chain.runs / stage / "state").exists()
     agent = Agent.from_run(chain.runs / MAIN, "cpu")        # each module from its nearest ancestor
@@ -4408,6 +4412,7 @@ def test_chain_a_judge_of_no_use_stops_before_anything_is_learnt_or_logged(chain
     server = FakeJudge(tasks.DIMENSIONS, lambda prompt, attempt: "refusal")
     for name, value in (("pause", 0.01), ("timeout", 3.0)):
         monkeypatch.setitem(tasks.JUDGE, name, value)
+    monkeypatch.setattr(tasks, "SOME", 1)           # answers of the tiny model are often alike
     command = ["--task", chain.task, "--run-root", str(chain.root), "--name", "useless", *RL,
                "--judge-url", server.url, "--judge-model", "new", "--steps", "3", "--device", "cpu"]
     with pytest.raises(UserError, match="no usable reply in .*one begins 'I cannot judge this"):

@@ -887,7 +887,7 @@ reference's. Do not repeat scores found in the texts. The form of each line:
 JUDGE = {"threads": 16, "attempts": 6, "timeout": 120.0, "pause": 1.0, "longest_pause": 60.0,
          "patience": 180.0}                # calls; seconds; seconds after which no call is repeated
 JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
-SOME = 4                                   # calls: fewer do not show that a judge is gone or of no use
+SOME = 4                                   # calls: fewer do not show that a judge is of no use
 
 
 class Endpoint:
@@ -1679,7 +1679,7 @@ def seconds(folder: Path) -> tuple[float, float]:
 
 
 def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
-    """Each group of `by_seed` as one row: mean (deviation) of a figure, and mean seconds."""
+    """Each group of `by_seed` as one row: mean (deviation) of a figure; beside reward, seconds."""
     rows = {}
     for name, group in by_seed(summaries).items():
         tables = [summaries[folder] for folder in group.values()]
@@ -1689,8 +1689,9 @@ def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
             if values:
                 spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
                 rows[name][key] = f"{np.mean(values):.3f}{spread}"
-        own, before = np.mean([seconds(folder) for folder in group.values()], 0)
-        rows[name] |= {"seconds": f"{own:.0f}", "stages before": f"{before:.0f}"}
+        if figure == "reward":
+            own, before = np.mean([seconds(folder) for folder in group.values()], 0)
+            rows[name] |= {"seconds": f"{own:.0f}", "stages before": f"{before:.0f}"}
     return rows
 
 

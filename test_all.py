@@ -2013,8 +2013,8 @@ def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
     alone = {"seeds": 1, "min_p": None, "seconds": "0", "stages before": "0"}
     diversity = tasks.compare({**runs, tmp_path / "a/tiny/sft-x-s2-latent": {"id": {}}},
                               "diversity")                  # greedy answers have none
-    assert diversity["tiny/rl-x-dapo-latent"]["id"] == "1.267 (0.379)"
-    assert "id" not in diversity["tiny/sft-x-s2-latent"]
+    assert diversity["tiny/rl-x-dapo-latent"] == {"seeds": 3, "min_p": None, "id": "1.267 (0.379)"}
+    assert diversity["tiny/sft-x-s2-latent"] == {"seeds": 1, "min_p": None}
     assert tasks.compare(runs, "reward") == {       # of 0, .1 and .7: the same run elsewhere, too
         "tiny/rl-x-dapo-latent": {**alone, "seeds": 3, "id": "0.267 (0.379)"},
         "tiny/rl-x-dapo-latent-b": {**alone, "id": "0.200"},

@@ -63,7 +63,7 @@ DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
                        "full": FULL_SCALE},
             "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
 # Of the default run on two CPU cores: what a fresh start has before it.
-MINUTES = {"base": 3, "projector": 0.4, "idm": 1.6, "bc": 0.8, "sft": 0.3, "rl": 1.5}
+MINUTES = {"base": 3, "projector": 0.5, "idm": 1.7, "bc": 1, "sft": 0.3, "rl": 1}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation

@@ -203,8 +203,8 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
         tie_word_embeddings=False)                      # as in the 7B
     torch.manual_seed(key_seed(seed, "base"))
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    # Inverse dynamics has to read from the last state which word it stands at. Tied embeddings, or
-    # small ones, are overwritten on the way there in a model this narrow; larger ones (1.0) outshine
+    # Inverse dynamics has to read from the last state which word it stands at. Tied or small
+    # embeddings are overwritten on the way there in a model this narrow; larger ones (1.0) outshine
     # the picture.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
     processor = Qwen2VLImageProcessorPil(
@@ -213,7 +213,7 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
 
 
 def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
-    """Each visual token names its cell through the tied embedding: grounding's kick-start.
+    """Each visual token names its cell through the output head: grounding's kick-start.
 
     words: row id -> (4 cells, 4) token ids of colour, shape and cell. Returns the sum over rows.
     Without this a model this small needs thousands of captions before it looks at the picture.

@@ -107,8 +107,8 @@ def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=No
     rope = rotary(x, positions)
     for layer in layers:
         run = recomputed(layer) if recompute and cache is None else layer
-        x = run(x, attention_mask=mask, position_embeddings=rope, position_ids=None,
-                past_key_values=cache)
+        # The cache by place: transformers 5.24 renames `past_key_values` to `cache`.
+        x = run(x, mask, None, cache, position_embeddings=rope)
     return x
 
 
@@ -581,7 +581,7 @@ class Agent(nn.Module):
 
 class KVCache:
     """Keys and values of a stack in buffers of fixed length: a step writes one column and reads
-    a view, nothing is copied. Decoder layers of transformers accept it as `past_key_values`."""
+    a view, nothing is copied. Decoder layers of transformers accept it as their cache."""
 
     def __init__(self, length: int):
         self.length, self.buffers, self.used = length, {}, {}

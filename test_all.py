@@ -1804,6 +1804,7 @@ def roll(space="latent", stop=40):
     return agent, rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7])
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")          # a renamed argument of transformers
 @pytest.mark.parametrize("space", ["latent", "token"])
 @pytest.mark.parametrize("stop", [0, 60])
 def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):

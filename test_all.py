@@ -3198,6 +3198,43 @@ def test_idm_report_tells_what_noise_on_the_embeddings_changes(monkeypatch):
             assert same or row_["kept"] < 0.9
 
 
+def test_held_out_reports_by_brute_force():
+    """Of an image row and a text row: what the README's figures of the stages rest on."""
+    agent, held = tiny_agent(), {"id": examples()[:1], "text": examples()[1:2]}
+    squared, inferred = stage1.projector_report(agent, held, 999), train_idm.idm_report(
+        agent, held, 999)[0]
+    cloned = train_bc.bc_report(agent, held, 999)
+    P, Q = agent.projector.P, agent.projector.P_inv
+    for name, batch in (("id", collated(ROWS[:1])), ("text", collated(ROWS[1:2]))):
+        e, e_t = agent.embeddings(batch)[0], agent.text_embeddings(batch)[0]
+        states, where = agent.states(batch)[0], batch.targets[0].nonzero()[:, 0].tolist()
+        seen = batch.seen_image[0] if name == "id" else batch.real[0]
+        wanted = {"cycle": Q.mu(P.mu(e_t[seen])) - e_t[seen]}
+        if name == "id":
+            wanted |= {"P": P.mu(e_t[seen]) - e[seen], "P'": Q.mu(e[seen]) - e_t[seen],
+                       "identity": e_t[seen] - e[seen]}
+        assert squared[name].keys() == wanted.keys()
+        close([squared[name][key] for key in wanted], [d.square().mean() for d in wanted.values()])
+        codes, hits, ce = [], [], {"IDM": [], "backbone": [], "mixture": []}
+        for t in where:
+            positions, x = torch.arange(t + 2)[None], batch.tokens[0, t + 1]
+            codes.append(int(agent.idm(states[None, :t + 2], positions)[0, -1].argmax()))
+            pi = agent.policy(states[None, :t + 1], positions[:, :-1])[0, -1].double().softmax(-1)
+            hits.append(float(pi.argmax() == codes[-1]))
+            p = agent.next_token_logits(states[t].expand(16, -1), torch.arange(16))
+            p = p.double().softmax(-1)
+            base = (agent.backbone.lm_head(e[t]) + agent.token_bias).double().softmax(-1)
+            for key, chance in (("IDM", p[codes[-1], x]), ("mixture", pi @ p[:, x]),
+                                ("backbone", base[x])):
+                ce[key].append(-chance.log())
+        wanted = {key: torch.stack(values).mean() for key, values in ce.items()}
+        close([inferred[name][key] for key in ("IDM", "backbone")],
+              [wanted["IDM"], wanted["backbone"]], 1e-4)
+        close([cloned[name][key] for key in ("policy x world", "base", "accuracy")],
+              [wanted["mixture"], wanted["backbone"], np.mean(hits)], 1e-4)
+        assert inferred[name]["codes_used"] == len(set(codes))
+
+
 def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated():
     """Text-only rows among the paired ones in step 1; rows without a response in SFT."""
     agent, batch = trainable("projector", "policy", "world"), collated(ROWS[1:2])

@@ -23,7 +23,7 @@ their word overlap with the reference. Deviations: README, rows 5 and 6.
 
 import argparse
 import base64
-import functools
+import contextlib
 import hashlib
 import html
 import io
@@ -46,10 +46,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (STRUCTURE, Agent, UserError, atomic, count, file_identity,
+from model import (STRUCTURE, Agent, UserError, agreed, count, file_identity,
                    format_table, gather, init_distributed, key_seed, launch, open_image, positive,
                    rank, read_config, read_rows, replay, rollout, say, split_prompts, table_cells,
-                   text_positions, within, world_size)
+                   text_positions, within, world_size, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,22 @@ from tqdm import tqdm
 # ---- Tasks, judge replies and the reward ----
 
 SPLITS = ("sft", "valid", "rl", "id", "ood")
+MEANING = {
+    "Instruction Adherence": "does what was asked, as the character, without stepping outside it",
+    "Fluency": "correct, natural language",
+    "Coherency": "holds together from sentence to sentence, contradicts neither itself nor what "
+                 "was said before",
+    "Image-Text Relevance": "speaks about what this picture shows",
+    "Response Accuracy": "is right, and takes up what the other one said",
+    "Personality Consistency": "shows the character's personality as the profile describes it",
+    "Knowledge Consistency": "knows what the character knows: life, relations, abilities",
+    "Tone Consistency": "sounds like the character: tone, manner, vocabulary",
+    "Role-Set Sensitivity": "serves the person in the role that matters in this scene",
+    "Body Behavior Awareness": "helps the person act as they would wish to in this situation",
+    "Mind Feelings Awareness": "meets the person's feelings and helps them feel as they would wish",
+    "Contextual Awareness": "answers the question asked, in this place and situation",
+    "Conversational Flow": "invites to go on talking; neither too long nor too short",
+}
 TASKS = ("mini", "mmrole", "pcogalign")
 
 
@@ -78,11 +94,11 @@ class Task:
         """One raw reply -> dimension -> (answer's score, reference's); None if judging failed."""
         return None if reply is None else parse_reply(reply, self.dimensions)
 
-    def reward(self, reply: str | None) -> float | None:
-        """Sum of the answer's scores / sum of the reference's; None if judging failed."""
+    def reward(self, reply: str | None) -> float:
+        """Sum of the answer's scores / sum of the reference's; NaN if judging failed."""
         scores = self.scores(reply)
         if scores is None:
-            return None
+            return math.nan
         answer, reference = map(sum, zip(*scores.values()))
         return answer / reference
 
@@ -145,20 +161,18 @@ def identity(args, *kinds: str) -> dict:
     """What a run must share with those that start from it: structure, ablations, and the data of
     `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
     found = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
-    mini = f"mini {MINI_VERSION}"
     for kind in kinds:
         files = getattr(args, kind)
-        if kind == "task" and files in TASKS[1:]:
+        if files == "mini" or args.model == "tiny" and not (files or args.paired):
+            found[kind] = f"mini {MINI_VERSION}"
+        elif kind != "task":
+            found[kind] = files and [file_identity(file) for file in files]
+        elif files in TASKS:
             parts = [file_identity(file, whole=True)
-                     for file in sorted(Path(args.task_root).rglob("*.json")
-                                        if args.task_root else [])]
+                     for file in sorted(Path(args.task_root).rglob("*.json"))]
             found[kind] = f"{files} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-        elif kind == "task":
-            found[kind] = mini if files == "mini" else file_identity(files, whole=True)
-        elif files:
-            found[kind] = [file_identity(file) for file in files]
         else:
-            found[kind] = mini if args.model == "tiny" and not args.paired else None
+            found[kind] = file_identity(files, whole=True)
     return found
 
 
@@ -293,11 +307,9 @@ def facts(question, scene) -> Answer:
     """What a right answer claims, without the persona's words."""
     kind, target = question
     things = tuple(filter(None, scene))
-    if kind == "all":
-        return Answer(number=NUMBERS[len(things) - 1], objects=things)
     if kind == "cell":
         return Answer(objects=(scene[CELLS.index(target)],), place=target)
-    return Answer(number=NUMBERS[len(things) - 1])
+    return Answer(number=NUMBERS[len(things) - 1], objects=things if kind == "all" else ())
 
 
 def casting() -> dict[str, list[Persona]]:
@@ -315,24 +327,23 @@ def likeness(thing, other) -> float:
     return sum(a == b for a, b in zip(thing.split(), other.split())) / 2
 
 
-def draw_scene(rng, pool: str, most: int = 4):
-    """Four cells, each an object or None. The pools "train", "valid", "id" and "ood" share no
-    scene whatever the seed: a hash of the scene decides where it belongs."""
+def draw_scene(rng, part: str, most: int = 4):
+    """Four cells, each an object or None, for a split or a corpus. "valid", "id", "ood" and all
+    others share no scene whatever the seed: a hash of the scene decides where it belongs."""
     while True:
         cells = rng.sample(range(4), rng.randint(2, most))
         scene = [None] * 4
         for cell, thing in zip(cells, rng.sample(OBJECTS, len(cells))):
             scene[cell] = thing
-        bucket = zlib.crc32(repr(scene).encode()) % 10
-        if ("valid", "id", "ood")[bucket] == pool if bucket < 3 else pool == "train":
+        home = {0: "valid", 1: "id", 2: "ood"}.get(zlib.crc32(repr(scene).encode()) % 10)
+        if home == (part if part in ("valid", "id", "ood") else None):
             return scene
 
 
 def draw_question(rng, kind: str, scene):
     """((kind, cell asked about), wording), always answerable from the scene."""
-    target = None
-    if kind == "cell":
-        target = rng.choice([cell for cell, thing in zip(CELLS, scene) if thing])
+    filled = [cell for cell, thing in zip(CELLS, scene) if thing]
+    target = rng.choice(filled) if kind == "cell" else None
     return (kind, target), rng.choice(QUESTIONS[kind]).format(target)
 
 
@@ -387,15 +398,14 @@ def chat(persona: Persona | None, user: str, assistant: str) -> list[dict]:
             (("system", system), ("user", user), ("assistant", assistant))]
 
 
-def dialogue(rng, row_id, persona, kind, pool, data=None, others=(), image=True) -> dict:
-    """One row. `data` names the quality of its answer (None: perfect); without an image the user
-    tells the scene in words."""
-    scene = draw_scene(rng, pool, most=4 if image else 3)
+def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
+    """One row of a split or a corpus, its answer perfect where QUALITY does not name that part;
+    without an image the user tells the scene in words."""
+    scene = draw_scene(rng, part, most=4 if image else 3)
     question, asked = draw_question(rng, kind, scene)
     reference = voiced(facts(question, scene), persona).text()
-    answer = reference
-    if data:
-        answer = voiced(facts(question, scene), persona, rng, QUALITY[data], others).text()
+    quality = QUALITY.get(part, 1.0)
+    answer = voiced(facts(question, scene), persona, rng, quality, others).text()
     user = f"<image>{asked}" if image else f"{caption(scene)} {asked}"
     return {"id": row_id, "messages": chat(persona, user, answer),
             "images": [render(scene, rng)] if image else [], "reference": reference,
@@ -414,7 +424,7 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
         asks = [*QUESTIONS, *{"text": ["who"], "base": ["cell"]}.get(kind, ())]
         ask = asks[i // len(personas) % len(asks)]
         if kind == "caption":
-            scene = draw_scene(rng, "train")
+            scene = draw_scene(rng, kind)
             user = "<image>" + rng.choice(("Describe the picture.", "What does the picture show?"))
             rows.append({"id": row_id, "images": [render(scene, rng)], "scene": scene,
                          "messages": chat(None, user, caption(scene))})
@@ -424,8 +434,7 @@ def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
             rows.append({"id": row_id, "images": [], "persona": persona.name,
                          "messages": chat(persona, "Who are you?", answer)})
         else:
-            rows.append(dialogue(rng, row_id, persona, ask, "train", kind, personas,
-                                 image=kind != "text"))
+            rows.append(dialogue(rng, row_id, persona, ask, kind, personas, kind != "text"))
     return rows
 
 
@@ -441,16 +450,14 @@ def embedded(kind: str, seed: int) -> list[dict]:
 def mini_task(seed: int, test_seed: int) -> Task:
     """The splits of the mini world. "valid", on which settings are chosen, asks familiar personas
     and its own by turns."""
-    splits, parts = {}, casting()
+    splits, parts, kinds = {}, casting(), list(QUESTIONS)
     by_turns = [persona for i, familiar in enumerate(parts["familiar"])
                 for persona in (familiar, parts["valid"][i % HELD_OUT])]
     for split in SPLITS:
         rng = random.Random(f"{split}-{test_seed if split in ('id', 'ood') else seed}")
         personas = {"valid": by_turns, "ood": parts["ood"]}.get(split, parts["familiar"])
-        pool = "train" if split in ("sft", "rl") else split
-        data, kinds = "sft" if split == "sft" else None, list(QUESTIONS)
         splits[split] = [dialogue(rng, f"mini-{split}-{seed}-{i}", personas[i % len(personas)],
-                                  kinds[i // len(personas) % len(kinds)], pool, data, personas)
+                                  kinds[i // len(personas) % len(kinds)], split, personas)
                          for i in range(SIZES[split])]
     return Task("mini", DIMENSIONS, (0.1, 1.0), splits, judge_by_rules, MINI_TOKENS)
 
@@ -461,9 +468,7 @@ def mini_task(seed: int, test_seed: int) -> Task:
 # which the two differ: words strewn about, repeated or cut off cannot pass for an answer. The
 # parts are then held against the picture, the question and the persona.
 
-DIMENSIONS = ("Instruction Adherence", "Fluency", "Coherency", "Image-Text Relevance",
-              "Response Accuracy", "Personality Consistency", "Knowledge Consistency",
-              "Tone Consistency")
+DIMENSIONS = tuple(MEANING)[:8]            # MMRole's
 OWNERS = {slot: {getattr(p, slot): p.name for p in [NEUTRAL, *PERSONAS]} for slot in SLOTS}
 DISORDER = 3.0                             # a third of the tokens out of place: no fluency left
 
@@ -609,7 +614,7 @@ def file_task(file: str, image_root=None) -> Task:
     name its `split`; those that do not are shuffled with seed 42 and cut as the release cuts
     MMRole: sft 0-45 %, valid 45-50 %, rl 50-90 %, id 90-100 %. Rows may name the `dimensions`
     that an LLM judge scores, all the same ones; the default is MMRole's eight."""
-    splits, unassigned, dimensions = {split: [] for split in SPLITS}, [], None
+    splits, dimensions = {split: [] for split in (*SPLITS, None)}, None
     for row, _ in read_rows(file, image_root):
         *asked, last = row["messages"]
         if last["role"] != "assistant" or "<image>" in last["content"] \
@@ -617,7 +622,7 @@ def file_task(file: str, image_root=None) -> Task:
             raise UserError(f"{row['where']}: the last message must be the assistant's, which "
                             "serves as demonstration and reference, without an image, after a "
                             "user's")
-        row["reference"] = row["messages"][-1]["content"]
+        row["reference"] = last["content"]
         named = row.get("dimensions")
         named = list(dimensions or DIMENSIONS) if named is None else named
         if not isinstance(named, list) or not named or not all(
@@ -629,13 +634,11 @@ def file_task(file: str, image_root=None) -> Task:
         if not isinstance(row.get("judge_notes", ""), str):
             raise UserError(f"{row['where']}: `judge_notes` must be text")
         dimensions = tuple(named)
-        if row.get("split") is None:
-            unassigned.append(row)
-        elif row["split"] in SPLITS:
-            splits[row["split"]].append(row)
-        else:
+        if row.get("split") not in (*SPLITS, None):
             raise UserError(f"{row['where']}: split {row['split']!r:.50} is not one of "
                             + ", ".join(SPLITS))
+        splits[row.get("split")].append(row)
+    unassigned = splits.pop(None)
     random.Random(42).shuffle(unassigned)
     for split, part in cut(unassigned, sft=45, valid=50, rl=90, id=100).items():
         splits[split] += part
@@ -652,8 +655,7 @@ def cut(rows: list, **ends) -> dict[str, list]:
 # ---- MMRole and PCogAlignBench in their published layouts ----
 
 BOUNDS = (0.0, 2.0)                        # where a ratio against a reference lives; clipped there
-PCOG_DIMENSIONS = ("Role-Set Sensitivity", "Body Behavior Awareness", "Mind Feelings Awareness",
-                   "Contextual Awareness", "Conversational Flow")
+PCOG_DIMENSIONS = tuple(MEANING)[8:]
 
 
 def read_json(path: Path):
@@ -692,12 +694,9 @@ def usable(name: str, raws: list, row_of: Callable[[int, dict], dict]) -> list[d
 
 def turns(row: dict) -> list[dict]:
     """A dialogue as one row for each of the assistant's turns, the earlier ones as history."""
-    rows = []
-    for n, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            rows.append({**row, "id": f"{row['id']}#{n}", "messages": row["messages"][:n + 1],
-                         "reference": message["content"]})
-    return rows
+    return [{**row, "id": f"{row['id']}#{n}", "messages": row["messages"][:n + 1],
+             "reference": message["content"]}
+            for n, message in enumerate(row["messages"]) if message["role"] == "assistant"]
 
 
 def split_rows(sft, rl, tests: dict[str, list]) -> dict[str, list[dict]]:
@@ -805,7 +804,8 @@ def make_references(args):
     answers at temperature 0 to all of HCMAS-test.json and of HCSHR-test.json, each shuffled with
     seed 42 and cut 80/20 into golden-train and golden-test. The same command goes on where one
     was interrupted."""
-    root, endpoint = Path(args.make_references), Endpoint(args)
+    root = Path(args.make_references)
+    endpoint = Endpoint(args, lambda answer: bool(without_thoughts(answer).strip()))
     for name in ("HCMAS", "HCSHR"):
         try:
             rows = read_json(root / f"{name}-test.json")
@@ -815,38 +815,20 @@ def make_references(args):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{root / name}-test.json: not in PCogAlignBench's published form "
                             f"({error!r:.80})") from None
-        answers = [without_thoughts(answer or "").strip() for answer in endpoint.complete(
-            prompts, lambda answer: bool(without_thoughts(answer).strip()))]
+        answers = [without_thoughts(answer or "").strip() for answer in endpoint.complete(prompts)]
         if "" in answers:
             raise UserError(f"{root}: {answers.count('')} of {len(rows)} references could not be "
                             f"made for {name}; the same command asks for these again")
         made = [{**row, "golden_response": answer} for row, answer in zip(rows, answers)]
         random.Random(42).shuffle(made)
-        n = int(0.8 * len(made))
-        for part, some in (("train", made[:n]), ("test", made[n:])):
-            text = json.dumps(some, ensure_ascii=False, indent=1)
-            atomic(root / f"{name}-golden-{part}.json", lambda path: path.write_text(text))
+        for part, some in cut(made, train=80, test=100).items():
+            write_text(root / f"{name}-golden-{part}.json",
+                       json.dumps(some, ensure_ascii=False, indent=1))
         say(f"{root}: {len(made)} references made for {name}")
 
 
 # ---- Judges of open answers: an LLM behind an endpoint, or word overlap ----
 
-MEANING = {
-    "Instruction Adherence": "does what was asked, as the character, without stepping outside it",
-    "Fluency": "correct, natural language",
-    "Coherency": "holds together from sentence to sentence, contradicts neither itself nor what "
-                 "was said before",
-    "Image-Text Relevance": "speaks about what this picture shows",
-    "Response Accuracy": "is right, and takes up what the other one said",
-    "Personality Consistency": "shows the character's personality as the profile describes it",
-    "Knowledge Consistency": "knows what the character knows: life, relations, abilities",
-    "Tone Consistency": "sounds like the character: tone, manner, vocabulary",
-    "Role-Set Sensitivity": "serves the person in the role that matters in this scene",
-    "Body Behavior Awareness": "helps the person act as they would wish to in this situation",
-    "Mind Feelings Awareness": "meets the person's feelings and helps them feel as they would wish",
-    "Contextual Awareness": "answers the question asked, in this place and situation",
-    "Conversational Flow": "invites to go on talking; neither too long nor too short",
-}
 JUDGE_PROMPT = """\
 Compare two answers in a conversation about a picture. What the answerer was told:
 
@@ -899,8 +881,10 @@ class Endpoint:
     from $JUDGE_API_KEY and is never logged or stored.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, usable=bool, complaint: str = "Your reply is empty."):
+        """`usable` says which replies count; the others are sent back with `complaint`."""
         from huggingface_hub import InferenceClient, constants
+        self.usable, self.complaint = usable, complaint
         if not args.judge_url or not args.judge_model:
             raise UserError("--judge-url and --judge-model go together: the server's address and "
                             "the name it serves the model under")
@@ -920,65 +904,59 @@ class Endpoint:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.jsonl"):
             for line in file.read_text(encoding="utf-8").splitlines():
-                try:
+                with contextlib.suppress(ValueError):   # the line that a killed run was writing
                     self.cache.update([json.loads(line)])
-                except ValueError:
-                    continue               # the line that a killed run was writing
         self.file = folder / f"rank{rank()}.jsonl"
 
-    def complete(self, prompts: list[str], usable, complaint: str = "Your reply is empty."
-                 ) -> list[str | None]:
+    def complete(self, prompts: list[str]) -> list[str | None]:
         """One reply a prompt: usable, or after all tries the last unusable one, or None. Raises
-        `UserError` if the server gives nothing usable, as `dead` has it."""
+        `UserError` if the server gives nothing usable: no reply at all from the start; later, or
+        with replies of no use, after SOME calls. The first calls decide before the rest are made.
+        """
         keys = [hashlib.sha256(json.dumps([self.model, JUDGE_REQUEST, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
-        replies, tokens, reason = {}, 0, None
-
-        def dead():       # no reply from the start; later, or with replies of no use, of some calls
-            silent = set(replies.values()) == {None}
-            return (not any(key in self.cache for key in keys) and (silent or not self.proven)
-                    and (len(replies) >= SOME or silent and not self.proven))
-        pool = ThreadPoolExecutor(JUDGE["threads"])
-        with tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() != 0) as bar, \
-                open(self.file, "a", encoding="utf-8") as cache:
-            calls = pool.map(lambda prompt: self.ask(prompt, usable, complaint), new.values())
-            for n, (key, (reply, used, error)) in enumerate(zip(new, calls), start=1):
-                replies[key], tokens, reason = reply, tokens + used, error or reason
-                if reply is not None and usable(reply):
-                    self.cache[key], self.proven = reply, True
-                    cache.write("\n" + json.dumps([key, reply]) + "\n")    # after a torn line
-                    cache.flush()
-                bar.update()
-                bar.set_postfix_str(f"{tokens} tokens")
-                if n == JUDGE["threads"] and dead():
-                    break                  # do not try them all
-        pool.shutdown(wait=False, cancel_futures=True)
-        if new and dead():
-            raise UserError(f"--judge-url {self.url}: no usable reply in {n} calls ({reason}); see "
-                            f"that the server runs and serves {self.model}, then run the same "
-                            "command again")
+        first, replies, tokens, reason = JUDGE["threads"], {}, 0, None
+        with ThreadPoolExecutor(first) as pool, open(self.file, "a", encoding="utf-8") as cache, \
+                tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() > 0) as bar:
+            for part in (list(new)[:first], list(new)[first:]):
+                for key, (reply, used, error) in zip(part, pool.map(self.ask, map(new.get, part))):
+                    replies[key], tokens, reason = reply, tokens + used, error or reason
+                    if error is None:                                       # usable
+                        self.cache[key], self.proven = reply, True
+                        cache.write("\n" + json.dumps([key, reply]) + "\n")    # after a torn line
+                        cache.flush()
+                    bar.update()
+                    bar.set_postfix_str(f"{tokens} tokens")
+                silent = set(replies.values()) == {None}
+                if new and not any(key in self.cache for key in keys) and (
+                        silent and not self.proven
+                        or len(replies) >= SOME and (silent or not self.proven)):
+                    raise UserError(f"--judge-url {self.url}: no usable reply in {len(replies)} "
+                                    f"calls ({reason}); see that the server runs and serves "
+                                    f"{self.model}, then run the same command again")
         return [self.cache.get(key, replies.get(key)) for key in keys]
 
-    def ask(self, prompt: str, usable, complaint: str) -> tuple[str | None, int, str | None]:
+    def ask(self, prompt: str) -> tuple[str | None, int, str | None]:
         """(reply or None, tokens used, why it failed or None) of one prompt, after retries."""
         from huggingface_hub.errors import HfHubHTTPError
         first = {"role": "user", "content": prompt}
-        messages, reply, tokens, reason, began = [first], None, 0, None, time.time()
+        messages, reply, tokens, reason = [first], None, 0, None
+        pause, began = 0.0, time.time()
         for attempt in range(JUDGE["attempts"]):
+            time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
             if time.time() - began > JUDGE["patience"]:
                 break
-            pause = min(JUDGE["longest_pause"], JUDGE["pause"] * 2 ** attempt)
+            pause = JUDGE["pause"] * 2 ** attempt
             try:
                 out = self.client.chat_completion(messages, model=self.model, **JUDGE_REQUEST)
                 reply = out.choices[0].message.content or ""
                 tokens += getattr(out.usage, "total_tokens", None) or 0
-                if usable(reply):
+                if self.usable(reply):
                     return reply, tokens, None
-                reason = f"malformed, one begins {reply[:60]!r}"
+                reason, pause = f"malformed, one begins {reply[:60]!r}", 0.0
                 messages = [first, {"role": "assistant", "content": reply},
-                            {"role": "user", "content": complaint}]
-                continue                   # at once
+                            {"role": "user", "content": self.complaint}]
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 reason = f"HTTP {status}"
@@ -989,36 +967,31 @@ class Endpoint:
                 pause = max(pause, float(after)) if after.isdigit() else pause
             except Exception as error:     # time-outs, dropped connections, JSON cut short
                 reason = type(error).__name__
-            if attempt + 1 < JUDGE["attempts"]:
-                time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
         return reply, tokens, reason
 
 
 def endpoint_judge(args, dimensions):
     """An LLM judge: `Task.judge`. A judgement that fails for good is a malformed reply or None: no
     score, left out and counted."""
-    endpoint = Endpoint(args)
     form = f"{dimensions[0]}: ... [Scores]: (a, b)"
     complaint = ("Your reply does not have the form that was asked for. Write one line for each of "
                  f"these dimensions and nothing else: {', '.join(dimensions)}. The form of each "
                  f"line, two numbers from 0 to 10 at its end and scores nowhere else:\n{form}")
+    endpoint = Endpoint(args, lambda reply: parse_reply(reply, dimensions) is not None, complaint)
 
     def judge(rows: list[dict], answers: list[str]) -> list[str | None]:
-        return endpoint.complete(
-            [judge_prompt(form, dimensions, row, answer)
-             for row, answer in zip(rows, answers, strict=True)],
-            lambda reply: parse_reply(reply, dimensions) is not None, complaint)
+        return endpoint.complete([judge_prompt(form, dimensions, row, answer)
+                                  for row, answer in zip(rows, answers, strict=True)])
     return judge
 
 
 def judge_prompt(form: str, dimensions, row: dict, answer: str) -> str:
     """The judge's prompt, filled in one pass: braces in an answer stay what they are."""
-    said = [m for m in row["messages"][:-1] if m["role"] != "system"]
     values = {
         "system": "\n".join(m["content"] for m in row["messages"] if m["role"] == "system"),
         "notes": row.get("judge_notes", ""), "answer": answer, "reference": row["reference"],
         "conversation": "\n".join(f"{m['role']}: {m['content'].replace('<image>', '')}"
-                                  for m in said),
+                                  for m in row["messages"][:-1] if m["role"] != "system"),
         "dimensions": "\n".join(f"- {d}: {MEANING.get(d, 'as the name says')}"
                                 for d in dimensions), "form": form}
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), JUDGE_PROMPT)
@@ -1041,11 +1014,6 @@ def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
 
 
 # ---- Metrics ----
-
-
-def duplicates(texts: list[str]) -> float:
-    """Share of a group's answers that repeat another of it word for word: 1 - distinct / all."""
-    return 1 - len(set(texts)) / len(texts)
 
 
 def diversity(embeddings: Tensor) -> float:
@@ -1175,12 +1143,10 @@ def gains_by_group(task: Task, before: list[dict], after: list[dict],
     for pair in zip(before, after, strict=True):
         row = rows[pair[0]["id"]]
         kind = row["question"][0] if isinstance(row.get("question"), (tuple, list)) else None
-        for group in {str(row[name]) for name in ("persona", "group") if row.get(name)} | {kind}:
-            parts[group].append([nan_mean(r) for r in rewards_of(task, pair)])
-    return {group: {"before": float(nan_mean([b for b, _ in pairs])),
-                    "after": float(nan_mean([a for _, a in pairs])), "prompts": len(pairs)}
-            for group, pairs in sorted(parts.items(), key=lambda pair: pair[0] or "")
-            if group}
+        for group in {str(name) for name in (row.get("persona"), row.get("group"), kind) if name}:
+            parts[group].append(nan_mean(rewards_of(task, pair), 1))
+    return {group: {**dict(zip(("before", "after"), nan_mean(pairs, 0).tolist())),
+                    "prompts": len(pairs)} for group, pairs in sorted(parts.items())}
 
 
 STYLE = """:root { color-scheme: light dark }
@@ -1237,10 +1203,10 @@ def html_table(title: str, table: dict[str, dict]) -> str:
         for tag, row in zip(tags, rows)) + "</table>"
 
 
-def picture(image, where: str, most: int = 224) -> str:
-    """An image inside the page, at most that many pixels wide and high."""
+def picture(image, where: str) -> str:
+    """An image inside the page, at most 224 pixels wide and high."""
     height, width = open_image(image, where)
-    share, file = min(1.0, most / max(height, width)), io.BytesIO()
+    share, file = min(1.0, 224 / max(height, width)), io.BytesIO()
     open_image(image, where, (max(1, int(height * share)), max(1, int(width * share)))).save(
         file, "JPEG", quality=90)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -1254,7 +1220,7 @@ def dialogue_html(task: Task, row: dict, prediction: dict, told: dict[str, dict]
     answers = []
     for name, p in told.items():
         reward = task.reward(p["replies"][0])
-        answers.append(text(f"{name}: " + ("not judged" if reward is None else f"{reward:.2f}"),
+        answers.append(text(f"{name}: " + ("not judged" if math.isnan(reward) else f"{reward:.2f}"),
                             p["answers"][0]))
     scores = {name: {d: pair[0] for d, pair in p["scores"][0].items()}
               for name, p in told.items() if p["scores"][0]}
@@ -1287,8 +1253,7 @@ def atlas_html(name: str, entry: dict, rows: dict[str, dict]) -> str:
             f"{html_table('one answer, token', steps)}</details>")
 
 
-def page(task: Task, title: str, entries: dict[str, dict], tables: dict[str, dict] | None = None,
-         dialogues: int = 12) -> str:
+def page(task: Task, title: str, entries: dict[str, dict], tables: dict | None = None) -> str:
     """One self-contained HTML page of several runs, or of one before and after its training.
 
     entries: name -> {"predictions", and where there are any "log" (rows of log.jsonl), "trace"
@@ -1325,22 +1290,20 @@ def page(task: Task, title: str, entries: dict[str, dict], tables: dict[str, dic
     greedy = {name: {p["id"]: p for p in entry["predictions"] if p["mode"] == "greedy"}
               for name, entry in entries.items()}
     some = list(greedy[first].items())
-    for row_id, prediction in random.Random(0).sample(some, min(dialogues, len(some))):
+    for row_id, prediction in random.Random(0).sample(some, min(12, len(some))):
         parts.append(dialogue_html(task, rows[row_id], prediction, {
             name: told[row_id] for name, told in greedy.items() if row_id in told}))
-    latent = {name: entry for name, entry in entries.items()
-              if any(p.get("codes") for p in entry["predictions"])}
-    parts += ["<h2>Codes</h2>"] if latent else []
-    return "".join(parts + [atlas_html(name, entry, rows) for name, entry in latent.items()])
+    codes = [atlas_html(name, entry, rows) for name, entry in entries.items()
+             if any(p.get("codes") for p in entry["predictions"])]
+    return "".join([*parts, "<h2>Codes</h2>" * bool(codes), *codes])
 
 
 def idm_shares(folder: Path) -> dict[str, dict[int, float]]:
     """Held-out rows -> code -> share, from the report of the run's inverse dynamics stage."""
-    while not (file := folder / "report.json").exists() or \
-            "share of codes" not in (report := json.loads(file.read_text())):
-        if not (parent := read_config(folder)["parent"]):
-            return {}
-        folder = folder / parent
+    file, parent = folder / "report.json", read_config(folder)["parent"]
+    report = json.loads(file.read_text()) if file.exists() else {}
+    if "share of codes" not in report:
+        return idm_shares(folder / parent) if parent else {}
     return {name: dict(enumerate(shares)) for name, shares in report["share of codes"].items()}
 
 
@@ -1350,7 +1313,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def write_page(file: Path, text: str):
-    atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(file, text)
     say(f"wrote {file}: open it in a browser")
 
 
@@ -1383,24 +1346,24 @@ def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new
 
 def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
              tokens_at_once: int, modes: dict[str, tuple[float, int]] = MODES,
-             embed=None) -> tuple[dict, list[dict]]:
+             base: Agent | None = None) -> tuple[dict, list[dict]]:
     """Generate and judge: a table "split mode" -> figures, and one prediction per prompt and mode.
 
     reward is the mean over prompts and answers, deviation that of its mean over the n answers'
-    places; best-of-n the mean over prompts of the best; duplicates and diversity (with `embed`,
-    texts -> (N, d)) are taken within a prompt's answers; word as in `atlas`. Failed judgements are
-    left out and counted. Ranks share the judge's calls. In latent space a prediction holds the
-    `tokens` and `codes` of its first answer, from which `atlas` tells what codes do.
+    places; best-of-n the mean over prompts of the best; duplicates and diversity (with the `base`
+    whose states embed the answers) are taken within a prompt's answers; word as in `atlas`. Failed
+    judgements are left out and counted. Ranks share the judge's calls. In latent space a prediction
+    holds the `tokens` and `codes` of its first answer, from which `atlas` tells what codes do.
     """
     table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
     for split, rows in splits.items():
         for mode, (temperature, n) in modes.items():
             answers = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
                                tokens_at_once)
-            flat_rows = [row for row, group in zip(rows, answers) for _ in group]
             flat = [answer["text"] for group in answers for answer in group]
-            replies = judged(task, flat_rows, flat)
-            e = gather({0: embed(flat) if embed and n > 1 else None} if rank() == 0 else {})[0]
+            replies = judged(task, [row for row in rows for _ in range(n)], flat)
+            e = agreed(backbone_embeddings(base, tokens_at_once, flat)
+                       if base and n > 1 and rank() == 0 else None)
             for i, (row, group) in enumerate(zip(rows, answers)):
                 of_row = slice(i * n, (i + 1) * n)
                 predictions.append({
@@ -1446,8 +1409,7 @@ def n_answers(splits: dict[str, list[dict]], modes: dict[str, tuple[float, int]]
 
 def rewards_of(task: Task, predictions: list[dict]) -> np.ndarray:
     """Reward of every prompt's answers, (prompts, n), NaN where judging failed."""
-    return np.array([[math.nan if (r := task.reward(reply)) is None else r
-                      for reply in p["replies"]] for p in predictions])
+    return np.array([[task.reward(reply) for reply in p["replies"]] for p in predictions])
 
 
 def nan_mean(x, axis=None):
@@ -1467,10 +1429,9 @@ def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
     rewards = rewards_of(task, predictions)
     n, figures = rewards.shape[1], {"reward": float(nan_mean(nan_mean(rewards, 1)))}
     if n > 1:
-        best = np.where(np.isfinite(rewards), rewards, -math.inf).max(1)
         figures |= {"deviation": float(np.std(nan_mean(rewards, 0), ddof=1)),
-                    f"best_of_{n}": float(nan_mean(np.where(best > -math.inf, best, math.nan))),
-                    "duplicates": float(np.mean([duplicates(p["answers"]) for p in predictions]))}
+                    f"best_of_{n}": float(nan_mean(np.fmax.reduce(rewards, 1))),
+                    "duplicates": np.mean([1 - len(set(p["answers"])) / n for p in predictions])}
     if "diversity" in predictions[0]:
         figures["diversity"] = float(np.mean([p["diversity"] for p in predictions]))
     return {**figures, "overall": float(nan_mean(list(ratios.values()))),
@@ -1553,7 +1514,10 @@ def main(argv=None):
     if args.make_references:
         return make_references(args) if rank() == 0 else None
     summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
-    for folder in map(Path, args.runs):
+    folders = [Path(run) for run in args.runs]
+    above = os.path.commonpath([folder.absolute().parent for folder in folders])
+    for folder in folders:
+        name = os.path.relpath(folder, above)   # tells runs of several roots apart
         if not (folder / "model.safetensors").exists():
             raise UserError(f"{folder}: no finished run there (no model.safetensors)")
         agent = Agent.from_run(folder, args.device, args.dtype)
@@ -1565,8 +1529,7 @@ def main(argv=None):
                             "a --task")
         if config["args"]["model"] == "tiny":
             torch.set_num_threads(1)            # see train_rl.py
-        if args.min_p is not None:
-            agent.min_p = args.min_p
+        agent.min_p = agent.min_p if args.min_p is None else args.min_p
         if args.chat:
             return talk(agent, args)
         given = {key: value for key, value in vars(args).items() if value is not None}
@@ -1580,8 +1543,7 @@ def main(argv=None):
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
         base = agent.structure["base"]
         if base not in yardsticks:
-            yardsticks[base] = functools.partial(backbone_embeddings, Agent.from_base(merged),
-                                                 args.tokens_at_once)
+            yardsticks[base] = Agent.from_base(merged)
         temperatures = args.temperature or [merged.temperature]
         modes = {"greedy": (0.0, 1), **{
             "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
@@ -1599,8 +1561,6 @@ def main(argv=None):
                      for rows in splits.values() for row in rows}
         if args.report:
             first = next(iter(splits.values()))[0]
-            names = [other.name for other in map(Path, args.runs)]
-            name = folder.name if names.count(folder.name) == 1 else str(folder)
             entries[name] = {
                 "predictions": predictions, "log": read_log(folder), "idm": idm_shares(folder),
                 "trace": trace(agent, first, task.max_new_tokens)[1]}
@@ -1608,12 +1568,11 @@ def main(argv=None):
                     "predictions"]]:
                 raise UserError(f"--report: {folder} is of another task than {args.runs[0]}")
         if rank() == 0:
-            out = Path(args.out) / folder.name if args.out else folder
+            out = Path(args.out) / name if args.out else folder
             out.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps({**row, "dimensions": task.dimensions}) + "\n"
-                            for row in predictions)
-            atomic(out / "predictions.jsonl", lambda path: path.write_text(lines))
-            atomic(out / "summary.json", lambda path: path.write_text(json.dumps(table, indent=1)))
+            write_text(out / "predictions.jsonl", "".join(
+                json.dumps({**row, "dimensions": task.dimensions}) + "\n" for row in predictions))
+            write_text(out / "summary.json", json.dumps(table, indent=1))
             say(f"wrote predictions.jsonl and summary.json to {out}")
         del agent                                   # before the next one is loaded
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
@@ -1662,12 +1621,11 @@ def talk(agent: Agent, args):
 def by_seed(folders) -> dict[str, dict[tuple, Path]]:
     """Runs of a model that differ in seed or run root alone as one group: name -> (run root, seed)
     -> folder."""
-    groups = {}
+    groups = defaultdict(dict)
     for folder in folders:
         seed = read_config(folder)["args"]["seed"]
         name = re.sub(f"(-(?:latent|token))-s{seed}(?=-|$)", r"\1", folder.name)
-        group = groups.setdefault(f"{folder.parent.name}/{name}", {})
-        group[folder.parent.parent, seed] = folder
+        groups[f"{folder.parent.name}/{name}"][folder.parent.parent, seed] = folder
     return groups
 
 
@@ -1734,12 +1692,11 @@ def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
     """Each group's reward less the first group's, paired by run root and seed, with its t-interval,
     if there are two pairs; warm starts are one a run root."""
     (first, base), *others = by_seed(summaries).items()
-    base = base | {root: folder for (root, _), folder in base.items() if "/rl-" not in first}
     rows = {}
     for name, group in others:
-        pairs = [(base.get((root, seed), base.get(root)), folder)
-                 for (root, seed), folder in group.items()]
-        pairs = [(summaries[before], summaries[after]) for before, after in pairs if before]
+        pairs = [(summaries[before], summaries[after]) for (root, seed), after in group.items()
+                 for (place, start), before in base.items()
+                 if place == root and (start == seed or "/rl-" not in first)]
         if len(pairs) > 1:
             rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
                 key: "{:+.3f} ± {:.3f}".format(*t_interval([
@@ -1763,10 +1720,9 @@ def contrasts(rewards: dict[Path, dict], personas: dict[str, str]) -> dict[str, 
     seeds, and with four personas it is too narrow.
     """
     groups, rows, p_values = by_seed(rewards), {}, {}
-    algorithms = {name: re.fullmatch(r"(.*/rl-.*-(\w+))-(latent|token)(-.*)?", name)
-                  for name in groups}
     for name, other in itertools.product(groups, repeat=2):
-        one, two = algorithms[name], algorithms[other]
+        one, two = (re.fullmatch(r"(.*/rl-.*-(\w+))-(latent|token)(-.*)?", group)
+                    for group in (name, other))
         if not (one and two and one[1] == two[1] and (one[3], two[3]) == ("latent", "token")):
             continue
         pairs = [(rewards[folder], rewards[groups[other][key]])

@@ -1758,6 +1758,11 @@ def atomic(path: Path, write):
                         "space or permission and run the same command") from None
 
 
+def write_text(path: Path, text: str):
+    """`atomic`, of a text in UTF-8."""
+    atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def lock(folder: Path):
     """Hold folder/state/lock until the process ends, however it ends."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
@@ -1838,8 +1843,7 @@ class Run:
             self._write_config()
 
     def _write_config(self):
-        text = json.dumps(self.config, indent=1)
-        atomic(self.folder / "config.json", lambda path: path.write_text(text))
+        write_text(self.folder / "config.json", json.dumps(self.config, indent=1))
 
     def _compare(self, old: dict):
         had, now = ({**{k: v for k, v in c["args"].items() if k not in NOT_COMPARED},
@@ -1924,8 +1928,7 @@ class Run:
                 print(format_table(title, table), flush=True)
             file = self.folder / "report.json"
             old = json.loads(file.read_text()) if file.exists() else {}
-            text = json.dumps({**old, title: table}, indent=1)
-            atomic(file, lambda path: path.write_text(text))
+            write_text(file, json.dumps({**old, title: table}, indent=1))
 
     def finish(self, **modules: nn.Module):
         """Write model.safetensors (only what this stage trained), its hash first, drop state/.

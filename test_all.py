@@ -1926,7 +1926,7 @@ def test_a_reply_is_read_and_its_reward_is_the_ratio_of_sums():
     assert list(task.scores(f"{TONE}\n{FLUENCY}")) == ["Fluency", "Tone"]
     empty = GOOD.replace("(8, 9)", "(0, 9)").replace("(7.5, 10)", "(0, 10)")
     assert task.scores(empty) == {"Fluency": (0, 9), "Tone": (0, 10)} and task.reward(empty) == 0
-    assert task.scores(None) is None and task.reward(None) is None
+    assert task.scores(None) is None and math.isnan(task.reward(None))
 
 
 @pytest.mark.parametrize("reply", [
@@ -1968,7 +1968,7 @@ def test_a_reply_in_any_of_these_forms_is_read(reply):
     f"<think>Hm.</think><think>\n{GOOD}", f"{FLUENCY}\n<think>{TONE}</think>"],
     ids=itertools.count())
 def test_a_reply_in_any_other_form_is_refused(reply):
-    assert two_dimensions().scores(reply) is None and two_dimensions().reward(reply) is None
+    assert two_dimensions().scores(reply) is None and math.isnan(two_dimensions().reward(reply))
 
 
 def test_metrics_by_hand():
@@ -1978,7 +1978,8 @@ def test_metrics_by_hand():
                               [{"answers": ["x"], "replies": [reply]} for reply in replies])
     assert figures == pytest.approx({"a": 0.65, "b": 0.8, "overall": 0.725, "failed": 1,
                                      "reward": (13 / 15 + 10 / 18) / 2})
-    close(tasks.duplicates(["x", "x", "y", "x"]), 0.5)
+    task, group = two_dimensions(), {"answers": ["x", "x", "y", "x"], "replies": [None] * 4}
+    close(tasks.summarise(task, [group])["duplicates"], 0.5)
     usage = tasks.code_usage(torch.tensor([2.0, 2.0, 4.0, 0.0]))    # exp(1/2 ln 4 + 1/2 ln 2)
     assert usage == {"codes_used": 3, "code_perplexity": pytest.approx(math.sqrt(8))}
     assert tasks.paired_bootstrap([1, 2, None, 4], [2, 4, 9, math.nan], 0, 2000) == (1.5, 1, 2)
@@ -5138,8 +5139,8 @@ def check(model, device, judge, options) -> bool:
             (reply,) = task.judge(task.splits["id"][:1], ["a b"])
             reward = task.reward(reply)
             found["one call of the judge"] = {
-                "holds": "NO" if reward is None else "yes",
-                "found": "no scores" if reward is None else f"reward {reward:.3g}",
+                "holds": "NO" if math.isnan(reward) else "yes",
+                "found": "no scores" if math.isnan(reward) else f"reward {reward:.3g}",
                 "wanted": "scores for every dimension"}
         dtype, config = agent.dtype, agent.backbone.config
         del agent

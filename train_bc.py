@@ -186,8 +186,8 @@ def main(argv=None):
         kind = "bc" if on_corpora else args.sft
     fill(args, DEFAULTS[kind])
     stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
-    identity = tasks.identity(args, "paired", "text", *([] if on_corpora else ["task"]))
     task = None if on_corpora else tasks.load_task(args)        # what is wrong with it comes first
+    identity = tasks.identity(args, "paired", "text", *([] if on_corpora else ["task"]))
     if task and not task.splits["sft"]:
         raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
     ensure_base(args)

@@ -275,8 +275,7 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args,
     replies = task.judge([row for row in rows for _ in range(G)],
                          [text for group in groups.values() for text in group["texts"]])
     for group, own in zip(groups.values(), (replies[k:k + G] for k in range(0, len(replies), G))):
-        rewards = [task.reward(reply) for reply in own]
-        rewards = torch.tensor([math.nan if r is None else r for r in rewards])
+        rewards = torch.tensor([task.reward(reply) for reply in own])
         overlong = overlong_punishment(group["lengths"], task.max_new_tokens)
         group |= {"rewards": rewards,
                   "shaped": rewards + overlong if "overlong" in args.extras else rewards,
@@ -458,7 +457,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     fill(args, DEFAULTS[args.action_space])
     fill_algorithm(args, world_size())
-    identity, task = tasks.identity(args, "paired", "text", "task"), tasks.load_task(args)
+    task, identity = tasks.load_task(args), tasks.identity(args, "paired", "text", "task")
     task.max_new_tokens = args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     if args.splits is None:
         args.splits = ["id", "ood"] if args.model == "tiny" else ["valid"]

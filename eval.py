@@ -46,10 +46,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (STRUCTURE, Agent, UserError, agreed, count, file_identity,
-                   format_table, gather, init_distributed, key_seed, launch, open_image, positive,
-                   rank, read_config, read_rows, replay, rollout, say, split_prompts, table_cells,
-                   text_positions, within, world_size, write_text)
+from model import (STRUCTURE, Agent, UserError, agreed, count, file_identity, format_table, gather,
+                   init_distributed, key_seed, launch, open_image, pack, positive, rank,
+                   read_config, read_rows, replay, rollout, say, table_cells, text_positions,
+                   within, world_size, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -1333,7 +1333,7 @@ def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new
     mine.sort(key=lambda pair: len(pair[0]), reverse=True)
     prompts, places = [prompt for prompt, _ in mine], [r for _, r in mine]
     answers = {}
-    for part in split_prompts(prompts, n, max_new_tokens, tokens_at_once):
+    for part in pack(prompts, n, max_new_tokens, tokens_at_once):
         out = rollout(agent, [prompts[i] for i in part], n, max_new_tokens, temperature,
                       [key_seed(seed, "eval", rows[places[i]]["id"]) for i in part])
         every = [{"text": text, "tokens": tokens[mask].tolist(), "actions": actions[mask].tolist()}

@@ -79,15 +79,11 @@ from transformers import (AutoConfig, AutoTokenizer, DynamicCache,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer, Qwen2_5_VLRotaryEmbedding)
+# Without torchvision the PIL processor is the only one.
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil, smart_resize)
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
-
-try:  # without torchvision the PIL processor is the only one; its home has moved between versions
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-        Qwen2VLImageProcessorPil, smart_resize)
-except ImportError:
-    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 disable_progress_bar()                                  # of transformers' own loading
 LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss
@@ -146,15 +142,11 @@ class CausalStack(nn.Module):
     def from_backbone(cls, backbone, n_layers: int) -> CausalStack:
         """A copy of the backbone's last layers, norm and output head, fp32, untied."""
         text = backbone.model.language_model
-        with torch.device("meta"):
-            stack = cls(text.config, n_layers, backbone.lm_head.out_features)
-        stack.head = nn.Linear(text.config.hidden_size, backbone.lm_head.out_features, bias=False,
-                               device=backbone.device)
-        stack.layers = copy.deepcopy(text.layers[-n_layers:])
+        stack = cls(text.config, 0, 1)
+        stack.layers, stack.norm, stack.rotary, stack.head = copy.deepcopy(
+            (text.layers[-n_layers:], text.norm, text.rotary_emb, backbone.lm_head))
         for index, layer in enumerate(stack.layers):
             layer.self_attn.layer_idx = index
-        stack.norm, stack.rotary = copy.deepcopy(text.norm), copy.deepcopy(text.rotary_emb)
-        stack.head.weight.data = backbone.lm_head.weight.detach().clone()
         return stack.float().requires_grad_(True)
 
     def hidden(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
@@ -201,10 +193,9 @@ class GaussianMap(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        def mlp():
-            return nn.Sequential(nn.Linear(width, width // 2), nn.Tanh(),
-                                 nn.Linear(width // 2, width))
-        self.mlp, self.mlp_log_var = mlp(), mlp()
+        self.mlp, self.mlp_log_var = (
+            nn.Sequential(nn.Linear(width, width // 2), nn.Tanh(), nn.Linear(width // 2, width))
+            for _ in range(2))
         for head in (self.mlp, self.mlp_log_var):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
@@ -379,8 +370,7 @@ class Agent(nn.Module):
         model, tokenizer, processor = load_base(path, dtype)
         structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]} | {"base": str(path)}
         model = model.to(device)
-        agent = cls(model, Encoder(tokenizer, processor, model.config, args.image_tokens),
-                    structure)
+        agent = cls(model, Encoder(tokenizer, processor, model, args.image_tokens), structure)
         agent.recompute = args.recompute
         if args.model == "tiny":
             agent.base_hash = file_hash(path / "model.safetensors")
@@ -404,8 +394,7 @@ class Agent(nn.Module):
     def make_token_policy(self) -> Agent:
         """The token-level baseline: its policy is a copy of the backbone's last layers."""
         self.space = "token"
-        self.policy = CausalStack.from_backbone(self.backbone, min(
-            self.structure["policy_layers"], self.text_config.num_hidden_layers))
+        self.policy = CausalStack.from_backbone(self.backbone, self.structure["policy_layers"])
         return self
 
     def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> Agent:
@@ -431,21 +420,15 @@ class Agent(nn.Module):
             self.make_token_policy()
         for name in sorted({key.split(".")[0] for key in tensors} - set(skip)):
             part = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
-            if name != "backbone" and getattr(self, name) is None:
+            if getattr(self, name) is None:
                 self.make(name)
-            module = getattr(self, name)
-            shapes = {key: value.shape for key, value in module.state_dict().items()}
-            if wrong := [key for key, value in part.items() if shapes.get(key) != value.shape]:
-                raise UserError(f"{path}: {name}.{wrong[0]} does not fit; name the run's own "
-                                "--model, --codes and --*-layers")
-            module.load_state_dict(part, strict=False)
-            module.requires_grad_(False)
+            module = getattr(self, name).requires_grad_(False)
+            module.load_state_dict(part, strict=name != "backbone")
         return self
 
     @classmethod
-    def from_run(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
-                 skip: tuple[str, ...] = ("idm",)) -> Agent:
-        """A trained agent from its run folder alone."""
+    def from_run(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> Agent:
+        """A trained agent from its run folder alone, without inverse dynamics."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype, args.recompute = device, dtype, False
         if not {"model", *STRUCTURE["tiny"]} <= set(vars(args)):
@@ -453,7 +436,7 @@ class Agent(nn.Module):
                             "run folder, or redo it with --fresh")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
             args.run_root = str(Path(folder).resolve().parent.parent)
-        agent = cls.from_base(args).load_run(folder, skip).eval()
+        agent = cls.from_base(args).load_run(folder, skip=("idm",)).eval()
         agent.train_only()
         agent.min_p = getattr(args, "min_p", 0.0)
         return agent
@@ -482,28 +465,25 @@ class Agent(nn.Module):
                 cast(module, self.dtype)
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def layers(self):
-        """The frozen layers: all, or in token space those below the policy's."""
-        layers = self.backbone.model.language_model.layers
-        return layers[:-len(self.policy.layers)] if self.space == "token" else layers
-
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, d): token embeddings with the image features in their places."""
         x = self.backbone.model.language_model.embed_tokens(batch.ids)
         if batch.pixels is not None:
-            features = self.backbone.model.get_image_features(
-                pixel_values=batch.pixels, image_grid_thw=batch.grids)
-            features = torch.cat(list(getattr(features, "pooler_output", features)))
             x = x.masked_scatter((batch.ids == self.encoder.image_token)[..., None],
-                                 features.to(x.dtype))
+                                 self.image_features(batch).to(x.dtype))
         return x
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """(visual tokens of all images, d)."""
+        return torch.cat(self.backbone.model.get_image_features(
+            pixel_values=batch.pixels, image_grid_thw=batch.grids).pooler_output)
 
     def trunk(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
         """Embeddings -> what modules downstream read: e (normed), or in token space the input
         of the policy's first layer. (B, T, d) -> (B, T, d)."""
         text = self.backbone.model.language_model
-        x = run_layers(self.layers, x, text.rotary_emb, positions, cache, mask, self.recompute)
+        layers = text.layers[:-len(self.policy.layers)] if self.space == "token" else text.layers
+        x = run_layers(layers, x, text.rotary_emb, positions, cache, mask, self.recompute)
         return x if self.space == "token" else text.norm(x)
 
     def embeddings(self, batch: Batch, cache=None) -> Tensor:
@@ -522,12 +502,11 @@ class Agent(nn.Module):
     def project(self, e: Tensor, has_image: Tensor) -> Tensor:
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
 
-        e (B, ..., d), has_image (B,) -> same shape and dtype."""
+        e (B, M, d), has_image (B,) -> same shape and dtype."""
         if self.projector is None or "projector" in self.structure["without"]:
             return e
-        has_image = has_image.view(-1, *[1] * (e.dim() - 1))
         with self.autocast():
-            return torch.where(has_image, e, self.projector.P.mu(e).to(e.dtype))
+            return torch.where(has_image[:, None, None], e, self.projector.P.mu(e).to(e.dtype))
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
@@ -552,14 +531,17 @@ class Agent(nn.Module):
         return logits
 
     def acting(self) -> Agent:
-        """This agent as rollouts run it: what trains in fp32 as a copy in the backbone's dtype."""
-        actor = copy.copy(self)
-        actor._modules = dict(self._modules)
-        for name in ("projector", "codebook", "world", "policy"):
-            module = getattr(self, name)
-            if module is not None and next(module.parameters()).dtype != self.dtype:
-                actor._modules[name] = cast(copy.deepcopy(module), self.dtype)
-        return actor
+        """This agent as rollouts run it: a policy that trains in fp32 as a copy in the backbone's
+        dtype, which `train_only` has given the others."""
+        if self.policy.head.weight.dtype == self.dtype:
+            return self
+        return self.with_policy(cast(copy.deepcopy(self.policy), self.dtype))
+
+    def with_policy(self, policy: CausalStack | None) -> Agent:
+        """This agent with another policy; it shares all else."""
+        agent = copy.copy(self)
+        agent._modules = {**self._modules, "policy": policy}
+        return agent
 
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,
              temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> str:
@@ -581,16 +563,22 @@ class Agent(nn.Module):
 
 class KVCache:
     """Keys and values of a stack in buffers of fixed length: a step writes one column and reads
-    a view, nothing is copied. Decoder layers of transformers accept it as their cache."""
+    a view, nothing is copied. Decoder layers of transformers accept it as their cache.
+    `real` (B, length) bool tells tokens from padding."""
 
-    def __init__(self, length: int):
-        self.length, self.buffers, self.used = length, {}, {}
+    def __init__(self, real: Tensor):
+        self.real, self.padded, self.buffers, self.used = real, not bool(real.all()), {}, {}
+
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, keys) bool: what one new token may attend to; None if nothing is padding."""
+        return self.real[:, None, None, :self.used.get(0, 0) + 1] if self.padded else None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__):
         """keys, values (B, heads, q, head_dim) -> all of the layer's so far (B, heads, n, ..)."""
         B, H, q, D = keys.shape
         if layer not in self.buffers:
-            self.buffers[layer], self.used[layer] = keys.new_empty(2, B, H, self.length, D), 0
+            self.buffers[layer] = keys.new_empty(2, B, H, self.real.shape[1], D)
+            self.used[layer] = 0
         start, end = self.used[layer], self.used[layer] + q
         for buffer, new in zip(self.buffers[layer], (keys, values)):
             buffer[:, :, start:end] = new
@@ -599,7 +587,7 @@ class KVCache:
 
     def expand(self, group: int, extra: int) -> KVCache:
         """The cache of P prompts as one of P * group rows with room for `extra` more tokens."""
-        out = KVCache(self.length + extra)
+        out = KVCache(F.pad(self.real, (0, extra), value=True).repeat_interleave(group, 0))
         for layer, buffer in self.buffers.items():
             used = buffer[:, :, :, :self.used[layer]]
             out.update(*used.repeat_interleave(group, 1), layer)
@@ -607,6 +595,7 @@ class KVCache:
 
     def keep(self, rows: Tensor):
         """Drop all rows but `rows` (finished answers stop costing)."""
+        self.real = self.real[rows]
         for layer, buffer in self.buffers.items():          # one at a time, to free the old ones
             self.buffers[layer] = buffer[:, rows]
 
@@ -641,13 +630,12 @@ class Prefix:
     first layer at the backbone's own positions.
     """
     cache: KVCache              # of the frozen layers, over T tokens
-    real: Tensor                # (P, T) bool: not padding
     policy_cache: KVCache       # of the policy, over L inputs
-    policy_real: Tensor         # (P, L) bool
     inputs: Tensor              # (P, L, d)
     positions: Tensor           # (3, P, L) of the inputs
-    last: Tensor                # (P,) index of each prompt's last input
-    hidden: Tensor              # (P, d) of the policy at its last input, normed
+    before: Tensor              # (P, L) bool: before each prompt's last input
+    last: Tensor                # (P, d) that input
+    hidden: Tensor              # (P, d) of the policy there, normed
     next_position: Tensor       # (P,) of the first answer token in the backbone
     policy_next: Tensor         # (P,) and in the policy
     has_image: Tensor           # (P,) bool
@@ -656,21 +644,21 @@ class Prefix:
 def prefill(actor: Agent, batch: Batch) -> Prefix:
     """The frozen trunk and the policy over each prompt, once for all its answers."""
     prompts = torch.arange(len(batch.ids), device=batch.ids.device)
-    cache = KVCache(batch.ids.shape[1])
-    real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
-    next_position = batch.positions[:, prompts, batch.lengths - 1].max(0).values + 1
+    real = text_positions(batch.ids) < batch.lengths[:, None]
+    cache = KVCache(real)
     if actor.space == "token":
         inputs = actor.trunk(actor.embed(batch), batch.positions, cache)
         positions, policy_real = batch.positions, real
     else:
         inputs = actor.project(actor.embeddings(batch, cache), batch.has_image)
         positions, policy_real = text_positions(inputs).expand(3, -1, -1), batch.real
-    last = policy_real.sum(1) - 1
-    policy_next = next_position if actor.space == "token" else positions[0, prompts, last] + 1
-    policy_cache = KVCache(inputs.shape[1])
+    last, policy_cache = policy_real.sum(1) - 1, KVCache(policy_real)
     hidden = actor.policy.hidden(inputs, positions, policy_cache)
-    return Prefix(cache, real, policy_cache, policy_real, inputs, positions, last,
-                  hidden[prompts, last], next_position, policy_next, batch.has_image)
+    # A prompt ends in text, whose three positions are one.
+    return Prefix(cache, policy_cache, inputs, positions, text_positions(inputs) < last[:, None],
+                  inputs[prompts, last], hidden[prompts, last],
+                  batch.positions[0, prompts, batch.lengths - 1] + 1,
+                  positions[0, prompts, last] + 1, batch.has_image)
 
 
 def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperature: float,
@@ -685,18 +673,12 @@ def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperatur
     def each(x):                                    # a prompt's tensor for each of its answers
         return x.repeat_interleave(group, 0)
 
-    def padding_mask(real):                         # (N, 1, 1, length + T), None if all is real
-        real = F.pad(real, (0, T), value=True)
-        return None if bool(real.all()) else each(real)[:, None, None]
-
     (N, T), device = uniform.shape, uniform.device
     embed_tokens = actor.backbone.model.language_model.embed_tokens
     cache, policy_cache = prefix.cache.expand(group, T), prefix.policy_cache.expand(group, T)
     rows = {"index": torch.arange(N, device=device), "position": each(prefix.next_position),
-            "policy_position": each(prefix.policy_next), "has_image": each(prefix.has_image),
-            "mask": padding_mask(prefix.real), "policy_mask": padding_mask(prefix.policy_real)}
-    h = each(prefix.hidden)                         # (N, d)
-    s = each(prefix.inputs[torch.arange(len(prefix.last), device=device), prefix.last])   # (N, d)
+            "policy_position": each(prefix.policy_next), "has_image": each(prefix.has_image)}
+    h, s = each(prefix.hidden), each(prefix.last)                                   # (N, d) each
     tokens = torch.full((N, T), actor.encoder.pad, device=device)
     actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
     inputs = s.new_zeros(N, T, s.shape[-1])
@@ -720,18 +702,15 @@ def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperatur
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):
-                rows = {k: None if v is None else v[keep] for k, v in rows.items()}
-                x = x[keep]
+                rows, x = {name: value[keep] for name, value in rows.items()}, x[keep]
                 cache.keep(keep)
                 policy_cache.keep(keep)
         # The next state needs the token alone; earlier keys and values are in the cache.
-        mask, policy_mask = (None if rows[name] is None else rows[name][..., :before.length + t + 1]
-                             for name, before in (("mask", prefix.cache),
-                                                  ("policy_mask", prefix.policy_cache)))
-        e = actor.trunk(embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache, mask)
+        e = actor.trunk(embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache,
+                        cache.mask())
         s = e if actor.space == "token" else actor.project(e, rows["has_image"])
         h = actor.policy.hidden(s, (rows["policy_position"] + t)[:, None], policy_cache,
-                                policy_mask)[:, 0]
+                                policy_cache.mask())[:, 0]
         s = s[:, 0]
     return tokens, actions, logps, inputs
 
@@ -750,7 +729,7 @@ class Rollout:
     mask: Tensor                # (N, T) bool: up to and including the end of turn
     finished: Tensor            # (N,) bool: ended its turn within max_new_tokens
     inputs: Tensor              # (N, T, d)
-    positions: Tensor           # (3, N, T) of the inputs
+    positions: Tensor           # (N, T) of the inputs
     prompt: Tensor              # (P, L, d)
     prompt_positions: Tensor    # (3, P, L)
     prompt_mask: Tensor         # (P, L) bool: real, and before the first answer input
@@ -762,7 +741,7 @@ class Rollout:
         n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
         return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
                        self.logps[n], self.mask[n], self.finished[n], self.inputs[n],
-                       self.positions[:, n], self.prompt[p], self.prompt_positions[:, p],
+                       self.positions[n], self.prompt[p], self.prompt_positions[:, p],
                        self.prompt_mask[p], self.group)
 
 
@@ -790,23 +769,19 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
              for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
     # Positions of the policy's inputs: the last prompt token's, then the answer's own.
-    first = prefix.positions[:, torch.arange(len(prompts), device=device), prefix.last]   # (3, P)
-    later = (prefix.policy_next[:, None] + step[:-1]).expand(3, -1, -1)
-    positions = torch.cat([first[..., None], later], -1).repeat_interleave(group, 1)
-    prompt_mask = text_positions(prefix.inputs) < prefix.last[:, None]
+    positions = (prefix.policy_next[:, None] - 1 + step[:n]).repeat_interleave(group, 0)
     return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], finished,
-                   inputs[:, :n], positions[:, :, :n], prefix.inputs, prefix.positions,
-                   prompt_mask, group)
+                   inputs[:, :n], positions, prefix.inputs, prefix.positions, prefix.before, group)
 
 
-def split_prompts(prompts: list[Example], group: int, max_new_tokens: int,
-                  tokens_at_once: int) -> list[list[int]]:
-    """Consecutive prompts (indices) whose rollout holds at most that many tokens, or one prompt."""
+def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list[list[int]]:
+    """Consecutive rows (indices) of at most that many padded tokens, or one row; of prompts with
+    their rollout, `group` answers of `new` tokens each."""
     parts, longest = [], 0
-    for i, prompt in enumerate(prompts):
-        longest = max(longest, len(prompt))
-        if not parts or (len(parts[-1]) + 1) * group * (longest + max_new_tokens) > tokens_at_once:
-            parts, longest = parts + [[]], len(prompt)
+    for i, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if not parts or (len(parts[-1]) + 1) * group * (longest + new) > tokens_at_once:
+            parts, longest = parts + [[]], len(row)
         parts[-1].append(i)
     return parts
 
@@ -936,11 +911,9 @@ def count_rows(file: str) -> float:
             raise UserError(f"{file}: cannot be read ({error}); it is damaged") from None
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             return sum(1 for _ in read_rows(file))
-        lines = sum(1 for line in head.splitlines() if line.strip())
-        if len(head) < 2 ** 20:
-            return lines
         done = f.fileobj.tell() if file.endswith(".gz") else len(head)
-    return lines * os.path.getsize(file) / done
+    lines = sum(1 for line in head.splitlines() if line.strip())
+    return lines * os.path.getsize(file) / max(1, done)
 
 
 def open_image(image, where: str, size: tuple[int, int] | None = None):
@@ -964,27 +937,6 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
     except Exception as error:                          # PIL raises whatever damage leads to
         raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
                         "replace it or remove the row (see --image-root)") from None
-
-
-def mrope_positions(ids: Tensor, grids: Tensor, image_token: int, merge: int) -> Tensor:
-    """3-D rotary positions of one unpadded row: text (p, p, p), image tokens their grid place.
-
-    ids (T,), grids (n, 3) -> (3, T). Equals transformers' `get_rope_index` for still images
-    (tested), without its dependence on `mm_token_type_ids` and the cached deltas.
-    """
-    positions = torch.empty(3, len(ids), dtype=torch.long)
-    t = p = 0                                       # the next token and its position
-    for frames, height, width in grids.tolist():
-        h, w = height // merge, width // merge
-        start = t + int((ids[t:] == image_token).nonzero()[0])
-        positions[:, t:start] = torch.arange(p, p + start - t)
-        p += start - t
-        place = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
-        t = start + len(place)
-        positions[:, start:t] = place.view(-1, 3).T + p
-        p += max(h, w)
-    positions[:, t:] = torch.arange(p, p + len(ids) - t)
-    return positions
 
 
 @dataclass
@@ -1048,10 +1000,11 @@ class Batch:
 class Encoder:
     """Tokenizer and image processor: conversation -> Example -> Batch."""
 
-    def __init__(self, tokenizer, processor, config, image_tokens: str | None = None):
+    def __init__(self, tokenizer, processor, model, image_tokens: str | None = None):
         """image_tokens: most tokens an image may have, "280x420" for that size (height, width)
         whatever the picture's, or None for the processor's own limits."""
-        self.tokenizer, self.processor = tokenizer, processor
+        self.tokenizer, self.processor, config = tokenizer, processor, model.config
+        self.rope_index = model.model.get_rope_index
         self.merge = config.vision_config.spatial_merge_size
         self.image_token = config.image_token_id
         self.pad = tokenizer.pad_token_id
@@ -1062,8 +1015,8 @@ class Encoder:
         self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
                          "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
-        size = processor.size if isinstance(processor.size, dict) else vars(processor.size)
-        self.min_pixels, self.max_pixels = size["shortest_edge"], size["longest_edge"]
+        self.min_pixels = processor.size["shortest_edge"]
+        self.max_pixels = processor.size["longest_edge"]
         self.fixed_size, cell = None, (processor.patch_size * self.merge) ** 2
         if image_tokens and "x" in image_tokens:
             self.fixed_size = tuple(map(int, image_tokens.split("x")))
@@ -1120,23 +1073,21 @@ class Encoder:
             raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
                             f"{self.longest}; shorten it (prompts are never cut)")
         ends, response = set(self.stop_ids.tolist()), torch.zeros(len(ids), dtype=torch.bool)
-        k = len(self.turn)
-        for start in range(len(ids)):
-            if ids[start] == self.turn[0] and ids[start:start + k] == self.turn:
-                for t in range(start + k + 1, len(ids)):    # beyond the newline(s), one token
-                    response[t] = True
-                    if ids[t] in ends:
-                        break
+        for start in range(len(self.turn), len(ids)):       # at the newline(s), one token
+            if ids[start - len(self.turn):start] == self.turn:
+                end = next((t for t in range(start + 1, len(ids)) if ids[t] in ends), len(ids))
+                response[start + 1:end + 1] = True
         ids = torch.tensor(ids)
         index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
         targets = torch.zeros(len(index), dtype=torch.bool)
         targets[:-1] = index[1:] == index[:-1] + 1          # not across an image
         if responses_only:
             targets[:-1] &= response[index[1:]]
-        first_image = (ids == self.image_token).nonzero()[0, 0] if len(grids) else len(ids)
-        return Example(row["id"], where, ids, mrope_positions(ids, grids, self.image_token,
-                       self.merge).T, index, ids[index], targets, index > first_image,
-                       row["images"], grids)
+        of_image = ids == self.image_token
+        positions, _ = self.rope_index(ids[None], mm_token_type_ids=of_image.int()[None],
+                                       image_grid_thw=grids if len(grids) else None)
+        return Example(row["id"], where, ids, positions[:, 0].T, index, ids[index], targets,
+                       of_image.cumsum(0)[index] > 0, row["images"], grids)
 
     def pixels(self, example: Example) -> Tensor | None:
         """(patches, 1176) of a row's images, decoded here and not before."""
@@ -1181,8 +1132,8 @@ class Source:
     def open(self, position):
         self.position, n = tuple(position), position[1]
         self.reader = read_rows(self.source, self.image_root, position, self.place) \
-            if isinstance(self.source, str) else zip(self.source[n:], ((k, k) for k in
-                                                     range(n + 1, len(self.source) + 1)))
+            if isinstance(self.source, str) else (
+                (row, (k, k)) for k, row in enumerate(self.source[n:], n + 1))
 
     def next(self):
         """The next row, the first again after the last."""
@@ -1248,9 +1199,8 @@ class Stream:
         """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
         if id(row) in self.encoded:
             return self.encoded[id(row)]
-        example = cause = None
+        messages, example = list(row["messages"]), None
         try:
-            messages = list(row["messages"])
             if self.pictures not in (None, bool(row["images"])):
                 raise UnusableRow(f"{row.get('where', row['id'])}: has {len(row['images'])} images,"
                                   " but --paired takes rows with and --text rows without")
@@ -1262,14 +1212,13 @@ class Stream:
                     example = self.encoder.encode({**row, "messages": messages, "images": row[
                         "images"][:shown]}, False, self.responses_only)
             if len(example) > self.max_tokens:
-                cause, example = f"{example.where}: over {self.max_tokens} tokens without a " \
-                    "message boundary to cut at", None
+                raise UnusableRow(f"{example.where}: over {self.max_tokens} tokens without a "
+                                  "message boundary to cut at")
         except UnusableRow as error:
-            if self.responses_only:                     # a task's own rows are refused
+            if self.responses_only and not example:     # a task's own rows are refused
                 raise
-            cause = str(error)
-        if cause:
-            self.left_out.setdefault(cause, False)      # False: not yet said
+            example = None
+            self.left_out.setdefault(str(error), False) # False: not yet said
         if not isinstance(self.sources[0].source, str):
             self.encoded[id(row)] = example
         return example
@@ -1285,13 +1234,8 @@ class Stream:
             self.credit[chosen] -= 1
             rows.append(self.sources[chosen].next())
         self.examples = {n: self._fit(rows[n]) for n in range(rank(), len(rows), world_size())}
-        lengths = torch.zeros(len(rows), dtype=torch.long)
-        for n, example in self.examples.items():
-            lengths[n] = len(example) if example else 0
-        if dist.is_initialized():
-            dist.all_reduce(lengths, group=PREFETCH_GROUP[0])
-        lengths = lengths.tolist()
-        kept = [n for n in range(len(rows)) if lengths[n]]
+        lengths = gather({n: len(e) for n, e in self.examples.items() if e}, PREFETCH_GROUP[0])
+        kept = sorted(lengths)
         if new := [why for why, said in self.left_out.items() if not said]:
             print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
             self.left_out = dict.fromkeys(self.left_out, True)
@@ -1324,29 +1268,20 @@ class Stream:
         return examples
 
 
-def micro_batches(examples: list[Example], tokens_at_once: int) -> list[list[Example]]:
-    """Split by padded size, longest rows together; the split never changes the gradient."""
-    batches, width = [], 0
-    for example in sorted(examples, key=len, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * width > tokens_at_once:
-            batches, width = batches + [[]], len(example)
-        batches[-1].append(example)
-    return batches
+def micro_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
+    """Rows in batches by padded size, the longest together; the split changes no gradient."""
+    rows = sorted(examples, key=len, reverse=True)
+    for part in pack(rows, 1, 0, tokens_at_once):
+        yield agent.encoder.collate([rows[i] for i in part]).to(agent.device)
 
 
 def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
                  tokens_at_once: int) -> tuple[list[Batch], list[str]]:
     """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
     rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
-    batches = [agent.encoder.collate(part).to(agent.device) for examples in rows.values()
-               for part in micro_batches(examples, tokens_at_once)]
+    batches = [batch for examples in rows.values()
+               for batch in micro_batches(agent, examples, tokens_at_once)]
     return batches, [e.id for examples in rows.values() for e in examples]
-
-
-def held_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
-    """Held-out rows in batches of the training's size."""
-    for part in micro_batches(examples, tokens_at_once):
-        yield agent.encoder.collate(part).to(agent.device)
 
 
 def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[str, list]]:
@@ -1362,10 +1297,9 @@ def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[s
     streams = {}
     for kind in ("paired",) if "text" in args.without else ("paired", "text"):
         seed = key_seed(args.seed, kind)
-        source = getattr(args, kind) or (None if args.paired else embedded(kind, seed))
-        if source:
-            streams[kind] = Stream(source, encoder, args.batch_tokens, seed, args.image_root,
-                                   hold_out=96, pictures=kind == "paired")
+        streams[kind] = Stream(getattr(args, kind) or embedded(kind, seed), encoder,
+                               args.batch_tokens, seed, args.image_root, hold_out=96,
+                               pictures=kind == "paired")
     held = {"id": streams["paired"].held_out}
     if not args.paired:
         # Answers alone: nobody chooses the words of a prompt, where the unseen names stand.
@@ -1470,12 +1404,11 @@ def all_sum(figures: dict) -> dict:
             for (name, part), total in zip(parts.items(), sums)}
 
 
-def gather(part: dict) -> dict:
+def gather(part: dict, group=None) -> dict:
     """The union of every rank's dict, on all ranks."""
-    if not dist.is_initialized():
-        return part
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, part)
+    parts = [part] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, part, group)
     return {k: v for p in parts for k, v in p.items()}
 
 
@@ -1493,22 +1426,13 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def reduce_gradients(params: list[nn.Parameter], bucket: int = 2 ** 24):
-    """Sum gradients over ranks, `bucket` numbers at a time. Every loss is already divided by its
-    global denominator, so any split over ranks and micro-batches gives the same sum; a rank
-    without rows adds zeros."""
+def reduce_gradients(params: list[nn.Parameter]):
+    """Sum gradients over ranks. Every loss is already divided by its global denominator, so any
+    split over ranks and micro-batches gives the same sum; a rank without rows adds zeros."""
     for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    pending = list(params) if dist.is_initialized() else []
-    while pending:
-        part = [pending.pop()]
-        while pending and sum(p.numel() for p in part) + pending[-1].numel() <= bucket:
-            part.append(pending.pop())
-        flat = torch.cat([p.grad.flatten() for p in part])
-        dist.all_reduce(flat)
-        for p, g in zip(part, flat.split([p.numel() for p in part])):
-            p.grad.copy_(g.view_as(p))
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if dist.is_initialized():
+            dist.all_reduce(p.grad)
 
 
 def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
@@ -1731,15 +1655,14 @@ def read_config(folder) -> dict:
     """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
-        if {"args", "identity", "base", "parent", "sha256"} <= set(config) and \
-                isinstance(config["args"], dict) and isinstance(config["identity"], dict) and \
-                isinstance(config["parent"], (str, type(None))):
-            return config
-        reason = "it is no config of a run"
+        if not {"args", "identity", "base", "parent", "sha256"} <= set(config) or not (
+                isinstance(config["args"], dict) and isinstance(config["identity"], dict)
+                and isinstance(config["parent"], (str, type(None)))):
+            raise ValueError("it is no config of a run")
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error)
-    raise UserError(f"{folder}: config.json cannot be used ({reason}); name a run folder, or "
-                    "start this one again with --fresh")
+        raise UserError(f"{folder}: config.json cannot be used ({error}); name a run folder, or "
+                        "start this one again with --fresh") from None
+    return config
 
 
 def atomic(path: Path, write):
@@ -1866,10 +1789,9 @@ class Run:
                     raise ValueError("checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 for name, thing in state.items():
-                    module, part = isinstance(thing, nn.Module), saved["state"][name]
-                    if module and part.keys() != trained(thing).keys():
+                    if saved["state"][name].keys() != trained(thing).keys():
                         raise ValueError("other tensors")
-                    thing.load_state_dict(part, **({"strict": False} if module else {}))
+                    thing.load_state_dict({**thing.state_dict(), **saved["state"][name]})
                 self.skipped, self.skipped_all, self.taken = saved["counts"]
             except Exception as error:
                 raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"

@@ -89,7 +89,7 @@ def tiny_agent(space="latent") -> Agent:
         shake(agent.policy, 0.02)                   # no longer the backbone's own layers
         return agent.requires_grad_(False)
     base, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
-    agent = Agent(shake(base, 0.1), Encoder(tokenizer, processor, base.config),
+    agent = Agent(shake(base, 0.1), Encoder(tokenizer, processor, base),
                   {"codes": 16, "idm_layers": 1, "policy_layers": 1, "without": []})
     agent.make("projector", "idm", "codebook", "world", "policy")
     for seed, name in enumerate(("projector", "idm", "world", "policy")):
@@ -672,7 +672,7 @@ def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
             assert torch.equal(a, b) and not a.requires_grad
     assert set(load_file(one.folder / "model.safetensors")) == {
         f"projector.{name}" for name in agent.projector.state_dict()}
-    with pytest.raises(UserError, match=r"two.model.safetensors: world.* does not fit.*--codes"):
+    with pytest.raises(RuntimeError, match="size mismatch for blocks.0.gate"):
         load(world=WorldModel(64, 8))
     for folder in (one.folder, two.folder):
         weights, rng = folder / "model.safetensors", random.Random(0)
@@ -714,25 +714,18 @@ def test_one_flipped_bit_of_the_embedded_base_is_noticed(tmp_path):
 
 
 def one_of_two_ranks(rank, folder):
-    """A process of a group: gradients are summed in buckets, figures in float64."""
+    """A process of a group: gradients are summed, figures in float64."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                          world_size=2)
-    cpu = torch.profiler.ProfilerActivity.CPU
-    for bucket in (1, 6, 11, 12, 18, 31, 10 ** 6):
-        params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
-        for p in params[:-1]:                       # the last has a gradient on rank 0 alone
-            p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
-        if rank == 0:
-            params[-1].grad = torch.ones(2, 3)
-        with torch.profiler.profile(activities=[cpu], record_shapes=True) as trace:
-            kit.reduce_gradients(params, bucket)
-        for p in params[:-1]:
-            assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
-        assert torch.equal(params[-1].grad, torch.ones(2, 3))
-        sizes = [math.prod(event.input_shapes[0]) for event in trace.events()
-                 if event.name == "gloo:all_reduce"]
-        assert sum(sizes) == 31 and (len(sizes) == 1) == (bucket >= 31)
-        assert all(size <= bucket or size in (12, 5, 1, 7, 6) for size in sizes)
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
+    for p in params[:-1]:                           # the last has a gradient on rank 0 alone
+        p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
+    if rank == 0:
+        params[-1].grad = torch.ones(2, 3)
+    kit.reduce_gradients(params)
+    for p in params[:-1]:
+        assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
+    assert torch.equal(params[-1].grad, torch.ones(2, 3))
     big = 2 ** 24 + 1                               # fails in fp32
     got = kit.all_sum({"n": big * rank, "x": torch.tensor(0.5), "t": torch.tensor([[rank, 2.0]])})
     assert (got["n"], got["x"], got["t"].tolist()) == (big, 1.0, [[1.0, 4.0]])
@@ -749,7 +742,7 @@ def one_of_two_ranks(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_gradients_are_summed_over_ranks_in_buckets_of_any_size(tmp_path):
+def test_gradients_figures_and_the_judges_calls_are_shared_over_ranks(tmp_path):
     torch.multiprocessing.start_processes(one_of_two_ranks, (tmp_path,), 2, start_method="fork")
 
 
@@ -990,7 +983,7 @@ def encoder_of(image_tokens=None):
     agent = tiny_agent()
     processor = type(agent.encoder.processor)(
         size={"shortest_edge": 3136, "longest_edge": 12845056})
-    return Encoder(agent.encoder.tokenizer, processor, agent.backbone.config, image_tokens)
+    return Encoder(agent.encoder.tokenizer, processor, agent.backbone, image_tokens)
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 256])
@@ -1189,26 +1182,33 @@ def test_golden_positions_worked_by_hand():
     # 2 + max(2, 3) = 5. Fails if the next text position is the number of tokens so far.
     I, grids = 9, torch.tensor([[1, 4, 6], [1, 2, 4]])
     ids = torch.tensor([1, 1, *[I] * 6, 1, 1, I, I, 1])
-    close(kit.mrope_positions(ids, grids, I, 2), torch.tensor([
+    close(positions_by_brute_force(ids, grids, I), torch.tensor([
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 7, 9],
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 7, 9],
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9]]))
 
 
-def rope_index(ids, grids):
-    """transformers' own positions of one row (3, 1, T)."""
-    agent = tiny_agent()
-    return agent.backbone.model.get_rope_index(
-        ids[None], mm_token_type_ids=(ids == agent.encoder.image_token).int()[None],
-        image_grid_thw=grids if len(grids) else None)[0]
+def positions_by_brute_force(ids, grids, image_token):
+    """Text at (p, p, p), image tokens at their place in a grid of half the patches: (3, T)."""
+    positions, p, grids = [], 0, iter(grids.tolist())
+    while len(positions) < len(ids):
+        if ids[len(positions)] == image_token:
+            _, height, width = next(grids)
+            positions += [(p, p + y, p + x) for y in range(height // 2) for x in range(width // 2)]
+            p += max(height, width) // 2
+        else:
+            positions.append((p, p, p))
+            p += 1
+    return torch.tensor(positions).T
 
 
 @pytest.mark.parametrize("sizes", [[], [(56, 56)], [(112, 28)], [(28, 112), (56, 56), (56, 28)]])
-def test_positions_equal_transformers(sizes):
+def test_positions_are_the_golden_ones_in_every_supported_transformers(sizes):
     for before, after in itertools.product(("", "Look here: "), ("", " and tell me more.")):
         text = before + " then ".join(["<image>"] * len(sizes)) + after
         (e,) = examples([row(text or "x", "Yes.", [picture(*s) for s in sizes])])
-        assert torch.equal(e.positions.T, rope_index(e.ids, e.grids)[:, 0])
+        assert torch.equal(e.positions.T, positions_by_brute_force(
+            e.ids, e.grids, tiny_agent().encoder.image_token))
 
 
 def said(r):
@@ -1294,7 +1294,7 @@ class CountingTokenizer:
         return self.inner.encode(text, **more)
 
     def encoder(self):
-        return Encoder(self, tiny_agent().encoder.processor, tiny_agent().backbone.config)
+        return Encoder(self, tiny_agent().encoder.processor, tiny_agent().backbone)
 
 
 @pytest.mark.parametrize("name", [*FORMS, None])
@@ -1694,7 +1694,7 @@ def test_a_qwen_folder_loads_in_every_published_form(tmp_path, template):
         assert torch.equal(a, b), name
     big = row("<image>?", None, [picture(1120, 840)])
     for image_tokens, (h, w) in ((None, (60, 80)), ("256", (26, 36)), ("280x420", (20, 30))):
-        encoder = Encoder(tokenizer, processor, model.config, image_tokens)
+        encoder = Encoder(tokenizer, processor, model, image_tokens)
         p = encoder.encode(big, prompt=True)
         assert p.grids.tolist() == [[1, h, w]] and encoder.pixels(p).shape == (h * w, 1176)
         assert (p.ids == encoder.image_token).sum() == h * w // 4
@@ -1721,7 +1721,8 @@ def test_what_is_not_a_qwen_folder_is_refused(tmp_path):
 def full_pass(example, ids=None):
     """transformers' own forward pass over one row: hidden states of every layer, positions."""
     agent, ids = tiny_agent(), example.ids if ids is None else ids
-    positions, pixels = rope_index(ids, example.grids), agent.encoder.pixels(example)
+    positions = positions_by_brute_force(ids, example.grids, agent.encoder.image_token)[:, None]
+    pixels = agent.encoder.pixels(example)
     out = agent.backbone.model(
         input_ids=ids[None], position_ids=positions, pixel_values=pixels, output_hidden_states=True,
         image_grid_thw=None if pixels is None else example.grids)
@@ -1782,7 +1783,8 @@ def brute_force(agent, r, temperature):
         prompt = examples([ROWS[n // r.group]], prompt=True)[0]
         hidden, positions = full_pass(prompt, torch.cat([prompt.ids, said[:k]]))
         if agent.space == "token":                  # the trunk's layers, then the policy's
-            logits = agent.policy(hidden[len(agent.layers)], positions) + agent.token_bias
+            x = hidden[-len(agent.policy.layers) - 1]
+            logits = agent.policy(x, positions) + agent.token_bias
             logits, best[n, :k] = logits[0, len(prompt) - 1:-1], said[:k]
         else:
             s = hidden[-1][:, torch.cat([prompt.text_index, len(prompt) + torch.arange(k)])]
@@ -1859,14 +1861,14 @@ def test_recomputed_layers_keep_their_inputs_alone_and_have_the_same_gradient():
             close(one, other, 1e-6)
 
 
-def test_split_prompts_by_hand():
+def test_rows_are_packed_by_hand():
     # Two answers of at most 3 tokens a prompt: 2 prompts of up to 7 tokens are 2 * 2 * 10 = 40.
     # 30 tokens exceed the budget alone, and its length does not count for the prompts after it.
     prompts = [range(n) for n in (5, 7, 5, 30, 2, 2)]
-    assert kit.split_prompts(prompts, 2, 3, 40) == [[0, 1], [2], [3], [4, 5]]
-    assert kit.split_prompts(prompts, 2, 3, 39) == [[0], [1], [2], [3], [4, 5]]
-    assert kit.split_prompts(prompts, 2, 3, 10 ** 6) == [[0, 1, 2, 3, 4, 5]]
-    assert kit.split_prompts([], 2, 3, 40) == []
+    assert kit.pack(prompts, 2, 3, 40) == [[0, 1], [2], [3], [4, 5]]
+    assert kit.pack(prompts, 2, 3, 39) == [[0], [1], [2], [3], [4, 5]]
+    assert kit.pack(prompts, 2, 3, 10 ** 6) == [[0, 1, 2, 3, 4, 5]]
+    assert kit.pack([], 2, 3, 40) == []
 
 
 def test_the_acting_agent_copies_what_trains_and_shares_what_is_frozen():
@@ -1896,6 +1898,7 @@ def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
     if the rollout's copies have their rotary frequencies in bf16 too."""
     agent = copy.deepcopy(tiny_agent(space))
     agent.backbone.to(torch.bfloat16)
+    agent.train_only("policy")
     for layer in agent.policy.layers:               # attention that depends on the position
         layer.self_attn.q_proj.weight.data *= 4
         layer.self_attn.k_proj.weight.data *= 4
@@ -1905,7 +1908,8 @@ def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
         h = replay(agent.policy, r)[r.mask]
         logps = action_statistics(agent.policy, h, r.actions[r.mask], 1.0,
                                   agent.token_bias if space == "token" else None)[0]
-    assert len(prompt) > 400 and (logps - r.logps[r.mask]).abs().max() < 0.05
+    distance = (logps - r.logps[r.mask]).abs().mean()
+    assert len(prompt) > 400 and distance < train_rl.ROLLOUT_TOLERANCE[torch.bfloat16]
 
 
 # ---- eval.py ---------------------------------------------------------------------------------
@@ -3245,9 +3249,9 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
     batch = agent.encoder.collate([agent.encoder.encode(ROWS[1], prompt=True, responses_only=True)])
     for kind, (_, trains, losses) in train_bc.KINDS.items():
         agent = agent.make_token_policy() if kind in ("token", "lm") else trainable(*trains)
-        code_loss, token_loss, hits = losses(agent, batch)
-        (code_loss + token_loss).sum().backward()
-        assert len(code_loss) == len(token_loss) == len(hits) == 0
+        loss, hits = losses(agent, batch)
+        loss.sum().backward()
+        assert len(loss) == len(hits) == 0
 
 
 # ---- train_idm.py ----------------------------------------------------------------------------
@@ -3326,16 +3330,16 @@ def test_cloning_loss_and_sft_losses_by_brute_force():
     agent, batch = tiny_agent(), collated()
     states, (at, targets) = agent.states(batch), batch.labelled()
     codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
-    code_loss, token_loss, hits = train_bc.KINDS["clone"][2](agent, batch)
+    loss, hits = train_bc.KINDS["clone"][2](agent, batch)
     logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
-    close(code_loss, F.cross_entropy(logits, codes, reduction="none"))
-    assert torch.equal(hits, logits.argmax(-1) == codes) and not token_loss.any()
-    code_loss, token_loss, hits = train_bc.KINDS["release"][2](agent, batch)
+    close(loss, F.cross_entropy(logits, codes, reduction="none"))
+    assert torch.equal(hits, logits.argmax(-1) == codes)
+    loss, hits = train_bc.KINDS["release"][2](agent, batch)
     assert (logits.argmax(-1) != codes).any()       # the policy's codes, not the IDM's
     x = agent.world(states[:, :-1][at], agent.codebook(logits.argmax(-1)))
-    close(token_loss, F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
-                                      reduction="none"), 1e-4)
-    assert not code_loss.any() and torch.equal(hits, token_loss < math.log(2))
+    close(loss, F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
+                                reduction="none"), 1e-4)
+    assert torch.equal(hits, loss < math.log(2))
 
 
 def test_the_untrained_token_policy_is_the_base_model():
@@ -3343,9 +3347,9 @@ def test_the_untrained_token_policy_is_the_base_model():
     logits = agent.backbone.lm_head(full_pass(examples()[0])[0][-1][0]) + agent.token_bias
     at, targets = batch.labelled()
     want = logits.log_softmax(-1)[batch.text_index[0, :-1][at[0]]][range(len(targets)), targets]
-    code_loss, token_loss, hits = train_bc.KINDS["token"][2](agent, batch)
-    close(token_loss, -want)
-    assert not code_loss.any() and torch.equal(hits, token_loss < math.log(2))
+    loss, hits = train_bc.KINDS["token"][2](agent, batch)
+    close(loss, -want)
+    assert torch.equal(hits, loss < math.log(2))
     agent.policy.head.weight.data += 1              # an untied copy: the backbone keeps its own
     assert not torch.equal(agent.policy.head.weight, agent.backbone.lm_head.weight)
 
@@ -3494,7 +3498,7 @@ class Recorder(torch.optim.SGD):
         super().step(closure)
 
 
-def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None):
+def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None, parts=None):
     """Policy gradients of each of update's steps (into `steps`, too), figures, the reference."""
     agent = agent or tiny_agent()
     agent = with_modules(agent, policy=copy.deepcopy(agent.policy))
@@ -3510,8 +3514,8 @@ def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None):
               for place in range(3) if place not in drop}
     run = SimpleNamespace(skipped=0, skipped_all=0, taken=0, folder="run")
     figures = train_rl.update(
-        agent, reference if args.beta else None, optimizer, lr, run, [(r, [0, 1, 2])], groups,
-        args, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
+        agent, reference if args.beta else None, optimizer, lr, run,
+        parts or [(r, [0, 1, 2])], groups, args, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
     assert run.taken == len(optimizer.steps)
     return optimizer.steps, figures, reference
 
@@ -3526,7 +3530,8 @@ def test_update_gradient_equals_the_papers_formula_written_out(algo):
     beta = 0.01 if algo == "grpo" or "released" in algo else 0.0
     assert figures["ratio_error"] < 1e-4 and (figures.get("kl", 0) > 0) == ("kl" in figures) \
         == (beta > 0)
-    (small,), *_ = update(r, rewards, algo, "--tokens-at-once", "1", drop=drop)
+    (small,), *_ = update(r, rewards, algo, drop=drop,
+                          parts=[(r.select([i]), [i]) for i in range(3)])
     for n, g in small.items():
         close(g, got[n], 1e-4)                      # any split into micro-batches: same gradient
     policy = copy.deepcopy(tiny_agent().policy).requires_grad_(True)
@@ -4553,12 +4558,11 @@ def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new, rec
                     agent, batch, e, cycle=True).values())
             elif stage != "rl latent":
                 kind = stage.split()[1]
-                loss = train_bc.KINDS[kind][2](agent, batch)[1].sum()
+                loss = train_bc.KINDS[kind][2](agent, batch)[0].sum()
             else:
                 rolled = [rollout(agent, [examples_[i] for i in part], group, new, 1.0, part)
-                          for part in kit.split_prompts(examples_, group, new, tokens_at_once)]
-                per = max(1, tokens_at_once // (prompt_tokens + group * new))
-                r = rolled[0].select(list(range(min(per, len(rolled[0].prompt)))))
+                          for part in kit.pack(examples_, group, new, tokens_at_once)]
+                r = rolled[0]
                 h = replay(agent.policy, r)[r.mask]
                 loss = action_statistics(agent.policy, h, r.actions[r.mask])[0].sum()
             loss.backward()
@@ -4623,7 +4627,7 @@ def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
         base = Qwen2_5_VLForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation="sdpa").eval()
     processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
-    agent = Agent(base, Encoder(tokenizer, processor, base.config), {
+    agent = Agent(base, Encoder(tokenizer, processor, base), {
         "codes": codes, "idm_layers": 4, "policy_layers": 8, "without": []})
     agent.encoder.stop_ids = torch.tensor([-1])
     return agent.make("projector", "idm", "codebook", "world", "policy").eval()
@@ -4797,7 +4801,7 @@ def waiting_for_rows(batches=12):
     step that is spent waiting for one when a step takes twice as long."""
     _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
     processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
-    encoder = Encoder(tokenizer, processor, tiny_agent().backbone.config, "256")
+    encoder = Encoder(tokenizer, processor, tiny_agent().backbone, "256")
     with tempfile.TemporaryDirectory() as folder:
         for k in range(4):
             picture(125, 125, k).resize((1000, 1000)).save(f"{folder}/{k}.jpg")
@@ -4966,18 +4970,17 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
             h = stack.hidden(states, kit.text_positions(states)).view(-1, width)
             return token_logprobs(stack.head, h[1:], targets, agent.token_bias)
 
-        part = min(prompts, max(1, N // (group * (prompt_tokens + new))))   # prompts of a rollout
-        per = min(part, max(1, N // (prompt_tokens + group * new)))         # and of an update
+        part = min(prompts, max(1, N // (group * (prompt_tokens + new))))   # prompts at a time
 
         def updated(stack, bias=None):
-            n = per * group
+            n = part * group
             r = kit.Rollout([], *torch.zeros(2, n, new, dtype=torch.long), torch.zeros(n, new),
                             torch.ones(n, new, dtype=torch.bool), torch.ones(n),
                             torch.zeros(n, new, width, dtype=dtype),
-                            torch.zeros(3, n, new, dtype=torch.long),
-                            torch.zeros(per, prompt_tokens, width, dtype=dtype),
-                            torch.zeros(3, per, prompt_tokens, dtype=torch.long),
-                            torch.ones(per, prompt_tokens, dtype=torch.bool), group)
+                            torch.zeros(n, new, dtype=torch.long),
+                            torch.zeros(part, prompt_tokens, width, dtype=dtype),
+                            torch.zeros(3, part, prompt_tokens, dtype=torch.long),
+                            torch.ones(part, prompt_tokens, dtype=torch.bool), group)
             h = replay(stack, r).flatten(0, 1)
             return action_statistics(stack, h, r.actions.flatten(), 1.0, bias)[0]
 
@@ -5058,7 +5061,7 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
               copies=word * n * (word < 4), caches=cache * (layers + own_layers),
               states=prompts * kept, work=frozen)
         stage(f"rl {space}, update", (policy,), others, reference=4 * n,
-              states=(prompts + per) * kept,
+              states=(prompts + part) * kept,
               work=held["rl" if space == "latent" else "rl token"])
         # eval.py has a second backbone, the same yardstick of diversity for all runs.
         stage(f"evaluation {space}", (), (policy, *others, "base"), gradients=False,
@@ -5072,8 +5075,8 @@ def memory(shape, options):
     plan = memory_plan(shape, **options)
     print(kit.format_table("peak GB", plan))
     print("\n`pass or step` is what a forward and backward pass keeps, or AdamW's own temporary: "
-          "the first bends to --tokens-at-once and --recompute. Caches and states bend to --prompts "
-          "a card, --group-size and --max-new-tokens as well; DAPO's refills keep up to "
+          "the first bends to --tokens-at-once and --recompute. Caches and states bend to "
+          "--prompts a card, --group-size and --max-new-tokens as well; DAPO's refills keep up to "
           f"{1 + train_rl.REFILLS} times these states. A card keeps a tenth free. `reduced` is "
           "what an optimiser step sums over several cards. Each rank first loads the backbone into "
           f"the host's memory: {plan['projector']['weights']:.3g} GB.")
@@ -5101,11 +5104,9 @@ def rollout_checks(agent: Agent, prompts, new) -> dict[str, dict]:
         logits = agent.backbone(**inputs).logits[0, len(prompt) - 1:-1].float() + agent.token_bias
         short = logits.max(-1).values - logits.gather(1, own[:, None])[:, 0]
         worst["greedy"] = max(worst["greedy"], short.max().item())
-        theirs = model.get_rope_index(
-            prompt.ids[None], mm_token_type_ids=(prompt.ids == agent.encoder.image_token).int()[
-                None], image_grid_thw=prompt.grids if len(prompt.grids) else None)[0][:, 0]
-        worst["positions"] = max(worst["positions"], int((prompt.positions.T - theirs).abs().max()))
-    limits = {"positions": ("positions, largest difference from transformers'", 0),
+        golden = positions_by_brute_force(prompt.ids, prompt.grids, agent.encoder.image_token)
+        worst["positions"] = max(worst["positions"], int((prompt.positions.T - golden).abs().max()))
+    limits = {"positions": ("positions, largest difference from golden ones", 0),
               "greedy": ("untrained world model, largest logit behind the base's best",
                          SHORTFALL[agent.dtype]),
               "replay": ("rollout against replay, mean difference of log-probs",

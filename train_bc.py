@@ -21,7 +21,6 @@ Losses on task rows count the responses only; on corpora all text. Deviations: R
 """
 
 import argparse
-import copy
 import math
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from pathlib import Path
 import eval as tasks
 import train_idm
 from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, fill,
-                   folder_of, held_batches, key_seed, launch, make_parser, next_batches,
+                   folder_of, key_seed, launch, make_parser, micro_batches, next_batches,
                    optimizer_step, predecessor, read_config, say, text_positions,
                    token_logprobs)
 from train_projector import ensure_base
@@ -71,23 +70,17 @@ def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), codes, reduction="none")
 
 
-@torch.no_grad()
-def idm_codes(agent: Agent, states: Tensor, where: Tensor) -> Tensor:
-    """The IDM's noise-free argmax codes at the labelled positions: (K,)."""
-    return agent.idm_logits(states)[where].argmax(-1)
-
-
-def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Kinds bc and clone. A hit is the IDM's code as the policy's argmax."""
+def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Kinds bc and clone. A hit is the IDM's noise-free argmax code as the policy's argmax."""
     where, _ = batch.labelled()
     states = agent.states(batch)
-    codes = idm_codes(agent, states, where)
+    with torch.no_grad():
+        codes = agent.idm_logits(states)[where].argmax(-1)                    # (K,)
     logits = agent.policy(states, text_positions(states))[:, :-1][where]
-    code_loss = cloning_loss(logits, codes)
-    return code_loss, torch.zeros_like(code_loss), logits.argmax(-1) == codes
+    return cloning_loss(logits, codes), logits.argmax(-1) == codes
 
 
-def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     """Kind release: the gradient passes through frozen merge and projector into the states. A hit
     is a token of probability above 1/2, here and in `token_losses`."""
     where, targets = batch.labelled()
@@ -96,10 +89,10 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
     x = agent.world(states[:, :-1][where], agent.codebook(codes))
     logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets, agent.token_bias)
-    return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
+    return -logps, logps.detach() > math.log(0.5)
 
 
-def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     """Kinds token and lm: the language model's own cross-entropy under the masked vocabulary."""
     where, targets = batch.labelled()
     with torch.no_grad():
@@ -107,7 +100,7 @@ def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     h = agent.policy.hidden(x, batch.positions)
     h = h.gather(1, batch.text_index[..., None].expand(-1, -1, h.shape[-1]))[:, :-1][where]
     logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
-    return torch.zeros_like(logps), -logps, logps.detach() > math.log(0.5)
+    return -logps, logps.detach() > math.log(0.5)
 
 
 KINDS = {   # folder, what trains, loss
@@ -139,13 +132,13 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
     report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
     for name, examples in held.items():
         parts = []
-        for batch in held_batches(agent, examples, tokens_at_once):
+        for batch in micro_batches(agent, examples, tokens_at_once):
             where, targets = batch.labelled()
             e = agent.embeddings(batch)
             states = agent.project(e, batch.has_image)
             with agent.autocast():
                 logits = agent.policy(states, text_positions(states))[:, :-1][where].float()
-                codes = idm_codes(agent, states, where)
+                codes = agent.idm_logits(states)[where].argmax(-1)
             parts.append((e[:, :-1][where], states[:, :-1][where], logits, codes, targets))
         e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
         taken = logits.argmax(-1)
@@ -166,13 +159,11 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
 @torch.no_grad()
 def lm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
     """Held-out cross-entropy of the token policy as a language model, beside the base's."""
-    report, base = {}, copy.copy(agent)
-    base._modules = dict(agent._modules)
-    base.make_token_policy()
+    report, base = {}, agent.with_policy(None).make_token_policy()
     for name, examples in held.items():
-        batches = list(held_batches(agent, examples, tokens_at_once))
+        batches = list(micro_batches(agent, examples, tokens_at_once))
         with agent.autocast():
-            report[name] = {label: torch.cat([token_losses(one, batch)[1] for batch in batches])
+            report[name] = {label: torch.cat([token_losses(one, batch)[0] for batch in batches])
                             .mean().item() for label, one in (("policy", agent), ("base", base))}
     return report
 
@@ -227,17 +218,17 @@ def main(argv=None):
     for step in range(run.resume(state), args.steps):
         batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
         n = max(1.0, all_sum({"n": sum(int(b.targets.sum()) for b in batches)})["n"])
-        totals = dict.fromkeys(("code_ce", "token_ce", "accuracy"), 0.0)
+        totals = {"ce": 0.0, "accuracy": 0.0}
         for batch in batches:
             with agent.autocast():
-                code_loss, token_loss, hits = losses(agent, batch)
-            ((code_loss + token_loss).sum() / n).backward()
-            for name, part in zip(totals, (code_loss, token_loss, hits)):
-                totals[name] += part.detach().sum()
+                loss, hits = losses(agent, batch)
+            (loss.sum() / n).backward()
+            totals = {"ce": totals["ce"] + loss.detach().sum(),
+                      "accuracy": totals["accuracy"] + hits.sum()}
         lr = args.lr * cosine(step, args.steps, warmup=0.03)
         norm = optimizer_step(run, [optimizer], [lr], row_ids)
         run.log(step, {**{name: total / n for name, total in all_sum(totals).items()}, "lr": lr,
-                       "grad_norm": norm}, "code_ce", "token_ce", "accuracy")
+                       "grad_norm": norm}, "ce", "accuracy")
         run.save(step + 1, state)
     if on_corpora:
         report = lm_report if token else bc_report

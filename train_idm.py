@@ -21,7 +21,7 @@ import argparse
 import eval as tasks
 import train_projector
 from model import (Agent, Batch, Run, UserError, all_sum, corpora, cosine, fill, folder_of,
-                   held_batches, key_seed, keyed_gumbel, launch, make_parser, next_batches,
+                   key_seed, keyed_gumbel, launch, make_parser, micro_batches, next_batches,
                    optimizer_step, predecessor, say, token_logprobs, within)
 from train_projector import ensure_base, projector_counts, projector_losses, projector_report
 
@@ -102,7 +102,7 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
         labels["text, no P"] = "text"
     for label, name in labels.items():
         parts = []
-        for batch in held_batches(agent, held[name], tokens_at_once):
+        for batch in micro_batches(agent, held[name], tokens_at_once):
             where, targets = batch.labelled()
             e, inferred = agent.embeddings(batch), []
             noise = nn.utils.rnn.pad_sequence([     # of a row: the same in any batch

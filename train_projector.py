@@ -24,8 +24,8 @@ import shutil
 import eval as tasks
 from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
                    Qwen2VLImageProcessorPil, Run, Stream, UserError, agreed, all_sum, barrier,
-                   corpora, cosine, device_of, fill, folder_of, held_batches, key_seed, launch,
-                   make_parser, model_root, next_batches, optimizer_step, rank, read_config, say,
+                   corpora, cosine, device_of, fill, folder_of, key_seed, launch, make_parser,
+                   micro_batches, model_root, next_batches, optimizer_step, rank, read_config, say,
                    token_logprobs, within)
 
 import torch
@@ -84,17 +84,12 @@ def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict
 
     e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
     """
-    nothing = 0 * agent.projector.P.mu(e[:1, 0].float()).sum()
-    losses = {"paired": nothing, "cycle": nothing}
+    seen, alone = batch.seen_image, batch.text_only & cycle
     with agent.autocast():
-        if batch.seen_image.any():
-            with torch.no_grad():
-                e_t = agent.text_embeddings(batch)
-            seen = batch.seen_image
-            losses["paired"] = paired_loss(agent.projector, e[seen].float(), e_t[seen].float())
-        if cycle and batch.text_only.any():
-            losses["cycle"] = cycle_loss(agent.projector, e[batch.text_only].float())
-    return losses
+        with torch.no_grad():
+            e_t = agent.text_embeddings(batch) if seen.any() else e
+        return {"paired": paired_loss(agent.projector, e[seen].float(), e_t[seen].float()),
+                "cycle": cycle_loss(agent.projector, e[alone].float())}
 
 
 def projector_counts(batches: list[Batch]) -> dict[str, float]:
@@ -111,7 +106,7 @@ def projector_report(agent: Agent, held: dict[str, list[Example]],
     report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
     for name, examples in held.items():
         parts = []
-        for batch in held_batches(agent, examples, tokens_at_once):
+        for batch in micro_batches(agent, examples, tokens_at_once):
             where = batch.real if name == "text" else batch.seen_image
             parts.append([x[where].float() for x in (agent.embeddings(batch),
                                                      agent.text_embeddings(batch))])
@@ -218,20 +213,17 @@ def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
     words: row id -> (4 cells, 4) token ids of colour, shape and cell. Returns the sum over rows.
     Without this a model this small needs thousands of captions before it looks at the picture.
     """
-    features = agent.backbone.model.get_image_features(pixel_values=batch.pixels,
-                                                       image_grid_thw=batch.grids)
-    features = torch.stack(list(getattr(features, "pooler_output", features)))     # (n, 4, d)
+    features = agent.image_features(batch).view(len(batch.row_ids), 4, -1)         # (n, 4, d)
     logps = F.log_softmax(features @ agent.backbone.lm_head.weight.T, -1)
     words = torch.stack([words[i] for i in batch.row_ids]).to(features.device)
     return -logps.gather(-1, words).mean((1, 2)).sum()
 
 
-def cell_words(rows: list[dict], tokenizer) -> Tensor:
-    """(rows, 4, 4) ids of " colour", " shape" (" in" twice for an empty cell), both of " cell"."""
-    def one(word):
-        return tokenizer.encode(" " + word, add_special_tokens=False)[0]
-    return torch.tensor([[[one(w) for w in (*(thing or "in in").split(), *cell.split())]
-                          for thing, cell in zip(row["scene"], tasks.CELLS)] for row in rows])
+def cell_words(row: dict, tokenizer) -> Tensor:
+    """(4, 4) ids of " colour", " shape" (" in" twice for an empty cell), both of " cell"."""
+    return torch.tensor([[tokenizer.encode(" " + word, add_special_tokens=False)[0]
+                          for word in (*(thing or "in in").split(), *cell.split())]
+                         for thing, cell in zip(row["scene"], tasks.CELLS)])
 
 
 def language_loss(agent: Agent, batch: Batch) -> Tensor:
@@ -247,6 +239,7 @@ def ensure_base(args):
     was trained stands in its subfolder pretraining/.
     """
     folder, identity = model_root(args) / "base", {"world": f"mini {tasks.MINI_VERSION}"}
+    half_made = folder.with_name("base.part")       # renamed when it is whole
     if args.model != "tiny":
         return
     if agreed((folder / "model.safetensors").exists()):
@@ -257,17 +250,17 @@ def ensure_base(args):
         return
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
     seed = args.seed
-    if (folder / "pretraining" / "state" / "last.pt").exists():     # it goes on as it was started
-        seed = read_config(folder / "pretraining")["args"]["seed"]
+    if (half_made / "pretraining" / "state" / "last.pt").exists():  # it goes on as it was started
+        seed = read_config(half_made / "pretraining")["args"]["seed"]
     texts = [m["content"] for kind in ("caption", "base", "text")
              for row in tasks.mini_corpus(kind, 1500, seed) for m in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, seed)
     model = model.to(device_of(args))
-    encoder = Encoder(tokenizer, processor, model.config)
+    encoder = Encoder(tokenizer, processor, model)
     agent = Agent(model, encoder, {})
     plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
     run = Run(argparse.Namespace(seed=seed, steps=len(plan), fresh=False),
-              folder / "pretraining", agent, identity)
+              half_made / "pretraining", agent, identity)
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
     matrices = {id(p) for name, p in model.named_parameters()
@@ -282,7 +275,7 @@ def ensure_base(args):
         random.Random(key_seed(seed, phase)).shuffle(rows[phase])
     streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(seed, phase))
                for phase in rows}
-    words = dict(zip((row["id"] for row in rows["align"]), cell_words(rows["align"], tokenizer)))
+    words = {row["id"]: cell_words(row, tokenizer) for row in rows["align"]}
     state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}
     for step in range(run.resume(state), run.steps):
         phase, phase_step, phase_steps, *lrs = plan[step]
@@ -301,12 +294,9 @@ def ensure_base(args):
                        "grad_norm": norm}, "loss")
         run.save(step + 1, state)
     if rank() == 0:
-        half_made = folder / "pretraining" / "finished"
         for part in (model.eval(), tokenizer, processor):
             part.save_pretrained(half_made)
-        for file in sorted(half_made.iterdir(), key=lambda f: f.name == "model.safetensors"):
-            os.replace(file, folder / file.name)    # the weights last: with them it is finished
-        half_made.rmdir()
+        os.replace(half_made, folder)
         shutil.rmtree(folder / "pretraining" / "state")
     barrier()
 

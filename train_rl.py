@@ -29,8 +29,8 @@ import eval as tasks
 import train_bc
 from model import (Agent, Rollout, Run, UserError, action_statistics, all_sum, count, fill,
                    folder_of, format_table, gather, key_seed, launch, make_parser, model_root,
-                   optimizer_step, positive, predecessor, rank, replay, rollout, say, split_prompts,
-                   within, world_size)
+                   optimizer_step, pack, positive, predecessor, rank, replay, rollout, say, within,
+                   world_size)
 
 import torch
 from torch import Tensor
@@ -259,7 +259,7 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args,
     prompts = [agent.encoder.encode(row, prompt=True) for row in rows]
     seeds = [key_seed(*key, place, row["id"]) for place, row in zip(places, rows)]
     parts, groups, G, began = [], {}, args.group_size, time.time()
-    for part in split_prompts(prompts, G, task.max_new_tokens, args.tokens_at_once):
+    for part in pack(prompts, G, task.max_new_tokens, args.tokens_at_once):
         out = rollout(agent, [prompts[i] for i in part], G, task.max_new_tokens, args.temperature,
                       [seeds[i] for i in part])
         parts.append((out, [places[i] for i in part]))
@@ -320,16 +320,13 @@ def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, d
     batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
                                       for group in groups.values()])
     for r, places in parts:
-        index = [i for i, place in enumerate(places) if place in chosen]
-        width = r.prompt.shape[1] + args.group_size * r.tokens.shape[1]
-        per = max(1, args.tokens_at_once // width)
-        for some in (index[i:i + per] for i in range(0, len(index), per)):
+        if some := [i for i, place in enumerate(places) if place in chosen]:
             rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
             A = advantages(rewards, args.scale, bounds, all_p[~all_p.isnan()])
             judged = ~rewards.isnan().to(r.mask.device)                              # (P, G)
             mask = r.mask.view(len(places), args.group_size, -1)[some] & judged[..., None]
             batches.append((r, some, A.view(-1).to(r.mask.device), mask.flatten(0, 1)))
-    return batches
+    return [batch for batch in batches if batch[-1].any()]
 
 
 def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
@@ -358,7 +355,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     several = args.inner_epochs * MINIBATCHES > 1
     with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
         old = {id(mask): statistics(r.select(some), mask)[0] for _, batches in steps
-               for r, some, _, mask in batches if several and mask.any()}
+               for r, some, _, mask in batches if several}
     for places, batches in steps * args.inner_epochs:
         own_tokens = sum(int(mask.sum()) for *_, mask in batches)
         n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
@@ -368,8 +365,6 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
         if args.aggregate == "local":
             n["tokens"] = max(1, own_tokens) * world_size()
         for r, some, A, mask in batches:
-            if not mask.any():
-                continue
             r = r.select(some)                          # a copy of its states, for this pass alone
             logps, entropy, ref_logps, exact = statistics(r, mask, reference)
             answer, old_logps = mask.nonzero()[:, 0], old.get(id(mask), logps.detach())
@@ -488,9 +483,7 @@ def main(argv=None):
     more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
     say(f"answers to be judged in all: {answers}{more} in training, "
         f"{2 * tasks.n_answers(splits, modes)} in the evaluation before and after")
-    initial = None                                  # the start, and the KL's reference
-    if args.beta or splits:
-        initial = copy.deepcopy(agent.policy).requires_grad_(False)
+    initial = copy.deepcopy(agent.policy).requires_grad_(False)     # and the KL's reference
     reference = initial if args.beta else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)

@@ -1520,7 +1520,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--name", default="", help="suffix of this run's folder, for variants")
     add("--parent", help="run folder to start from instead of the usual predecessor")
     add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
-    add("--steps", type=count, help="optimiser steps")
+    add("--steps", type=within(int, 0), help="optimiser steps; 0: the start, to be evaluated")
     add("--lr", type=positive, help="peak learning rate")
     if "batch_tokens" in next(iter(table.values())):
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
@@ -1803,7 +1803,8 @@ class Run:
                 os.truncate(self.folder / name, min(size, saved["logs"].get(name, 0)))
         barrier()
         self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
-                        disable=rank() != 0, smoothing=0.1, mininterval=1.0)
+                        disable=rank() != 0 or saved["step"] == self.steps, smoothing=0.1,
+                        mininterval=1.0)
         self.began = self.saved = time.time()
         return saved["step"]
 
@@ -1854,8 +1855,8 @@ class Run:
 
     def finish(self, **modules: nn.Module):
         """Write model.safetensors (only what this stage trained), its hash first, drop state/.
-        Raises `UserError`, status 3, if not one optimiser step was taken: nothing was learnt."""
-        if not self.taken:
+        Raises `UserError`, status 3, if of some steps not one was taken: nothing was learnt."""
+        if self.steps and not self.taken:
             error = UserError(f"{self.folder}: no optimiser step was taken (no answers of a group "
                               "differed in reward?): the weights are those it started from, and "
                               "nothing is written")

@@ -218,7 +218,7 @@ def test_a_mistake_outside_the_code_ends_with_one_line(capsys, error, status, li
 
 
 def test_flags_are_checked_and_defaults_follow_the_model_and_stage(capsys):
-    for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "0"], ["--steps", "1.5"],
+    for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "-1"], ["--steps", "1.5"],
                  ["--lr", "0"], ["--lr", "x"], ["--lr", "nan"], ["--lr", "inf"],
                  ["--device", "tpu"], ["--batch-tokens", "0"], ["--paired-steps", "-4"]):
         with pytest.raises(SystemExit) as end:
@@ -524,6 +524,10 @@ def test_a_run_without_an_optimiser_step_is_no_finished_run(tmp_path):
         kit.optimizer_step(run, [torch.optim.SGD(layer.parameters())], [0.1], [])
     run.finish(m=layer)
     assert (run.folder / "model.safetensors").exists()
+    start = fresh_run(tmp_path, "--steps", "0", stage="start")          # asked for: the base's row
+    assert list(range(start.resume({"m": layer}), start.steps)) == []
+    start.finish(m=layer)
+    assert (start.folder / "model.safetensors").exists()
 
 
 def test_an_interrupted_start_goes_on_with_the_same_command(tmp_path):

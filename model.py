@@ -3,7 +3,8 @@
 Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Latent Actions"
 (arXiv 2601.07516), section 3. Top to bottom:
 
-    modules     CausalStack (inverse dynamics, policy), WorldModel, Projector; what losses share
+    modules     CausalStack (inverse dynamics, policy), WorldModel, Projector with its GaussianMap;
+                the codebook is an nn.Embedding (Agent.make); then what losses share
     Agent       the backbone and these modules: `states`, `next_token_logits`, loading, `chat`
     rollouts    `prefill` and `decode` of a group of answers; `replay` of answers from kept states
     data        dialogue rows -> token tensors with explicit 3-D positions; resumable streams
@@ -86,7 +87,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()                                  # of transformers' own loading
-LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss
+LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss: 64 MiB in fp32
 
 
 # ---- The five modules ------------------------------------------------------------------------
@@ -160,7 +161,8 @@ class CausalStack(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Language world model f_world(s_t, a_t) without its frozen head (section 3).
+    """The merge: language world model f_world(s_t, a_t) up to its frozen head (section 3). The
+    whole is `Agent.next_token_logits` in decoding, `inverse_losses` of train_idm.py in training.
 
     x = s; twice: x = x + SwiGLU([x, c]). The last projections start at zero, so an untrained
     world model is the base model; the state already carries the final norm.
@@ -218,8 +220,8 @@ class Projector(nn.Module):
 
 
 def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
-    """function(*tensors) -> tuple of tensors, computed `rows` rows at a time and again in the
-    backward pass, so that what it makes inside never exists for all rows at once."""
+    """function(*tensors), (K, ...) each -> list of tensors (K, ...), computed `rows` rows at a time
+    and again in the backward pass, so that what it makes inside never exists for all K at once."""
     parts = [recomputed(function)(*part) for part in zip(*(x.split(max(1, rows)) for x in tensors))]
     return [torch.cat(outputs) for outputs in zip(*parts)]
 
@@ -243,7 +245,7 @@ def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperatu
                       reference_x: Tensor | None = None, chunk: int = LOGITS_AT_ONCE):
     """Log-prob of each action, entropy, and divergence from a reference, in chunks.
 
-    x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`) and
+    x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`, (n,)) and
     temperature are those the actions were sampled with. Returns (logp, entropy, reference logp
     or None, exact KL(policy || reference) summed over the actions or None), each (K,) fp32.
     """
@@ -340,7 +342,8 @@ class Agent(nn.Module):
 
     Attributes (None until made or loaded): `projector`, `idm`, `codebook` (|C|, d), `world`,
     `policy`. `space` is "latent" (actions are codes) or "token" (the baseline, whose policy is
-    the backbone's last layers; the trunk below stays frozen).
+    the backbone's last layers; the trunk below stays frozen). `structure` holds codes, layer
+    counts, image tokens, ablations and the base's path.
     """
 
     def __init__(self, backbone, encoder: Encoder, structure: dict):
@@ -372,7 +375,7 @@ class Agent(nn.Module):
         model = model.to(device)
         agent = cls(model, Encoder(tokenizer, processor, model, args.image_tokens), structure)
         agent.recompute = args.recompute
-        if args.model == "tiny":
+        if args.model == "tiny":                        # small enough to hash the whole file
             agent.base_hash = file_hash(path / "model.safetensors")
         return agent
 
@@ -487,9 +490,8 @@ class Agent(nn.Module):
         return x if self.space == "token" else text.norm(x)
 
     def embeddings(self, batch: Batch, cache=None) -> Tensor:
-        """e^{V,T} of rows with an image and e^T of rows without, at their text tokens.
-
-        Right-padded causal pass. Returns (B, M, d).
+        """e^{V,T} of rows with an image and e^T of rows without, at their text tokens: (B, M, d).
+        Right-padded causal pass, latent space (for token space see `trunk`).
         """
         e = self.trunk(self.embed(batch), batch.positions, cache)
         return e.gather(1, batch.text_index[..., None].expand(-1, -1, e.shape[-1]))
@@ -514,15 +516,17 @@ class Agent(nn.Module):
         return self.project(self.embeddings(batch), batch.has_image)
 
     def idm_logits(self, states: Tensor) -> Tensor:
-        """Code logits of inverse dynamics (B, M - 1, |C|): at t they have seen x_{t+1}."""
+        """Code logits of inverse dynamics, (B, M, d) -> (B, M - 1, |C|): at t they have seen
+        x_{t+1}."""
         return self.idm(states, text_positions(states))[:, 1:]
 
     def next_token_logits(self, states: Tensor, actions: Tensor) -> Tensor:
         """f_world(s, a) -> logits over the vocabulary, vision tokens masked.
 
-        states (N, d), actions (N,) -> (N, vocab). Only ever called on single positions. With
-        `min_p`, outside the paper, a code cannot choose a token whose probability under
-        the backbone alone is below that share of its best token's."""
+        states (N, d), actions (N,) -> (N, vocab): whole rows of logits, for decoding. Losses over
+        many positions take `token_logprobs`, in chunks. With `min_p`, outside the paper, a code
+        cannot choose a token whose probability under the backbone alone is below that share of
+        its best token's."""
         x = self.world(states, self.codebook(actions)).to(states.dtype)
         logits = self.backbone.lm_head(x).float() + self.token_bias
         if self.min_p:
@@ -594,7 +598,7 @@ class KVCache:
         return out
 
     def keep(self, rows: Tensor):
-        """Drop all rows but `rows` (finished answers stop costing)."""
+        """Drop all rows but `rows`, (n,) indices (finished answers stop costing)."""
         self.real = self.real[rows]
         for layer, buffer in self.buffers.items():          # one at a time, to free the old ones
             self.buffers[layer] = buffer[:, rows]
@@ -609,8 +613,8 @@ def min_p_bias(logits: Tensor, min_p: float) -> Tensor:
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample one action a row by inverse CDF, or the best at temperature 0.
 
-    logits (N, n), uniform (N,) in [0, 1) -> actions (N,), their log-probs (N,). One number a
-    token makes the draw the same for any batch split.
+    logits (N, n), uniform (N,) in [0, 1) -> actions (N,), their log-probs (N,), at temperature 0
+    those of temperature 1. One number a token makes the draw the same for any batch split.
     """
     logps = F.log_softmax(logits.float() / (temperature or 1.0), -1)
     if temperature == 0:
@@ -631,9 +635,9 @@ class Prefix:
     """
     cache: KVCache              # of the frozen layers, over T tokens
     policy_cache: KVCache       # of the policy, over L inputs
-    inputs: Tensor              # (P, L, d)
-    positions: Tensor           # (3, P, L) of the inputs
-    before: Tensor              # (P, L) bool: before each prompt's last input
+    prompt: Tensor              # (P, L, d) the policy's inputs
+    prompt_positions: Tensor    # (3, P, L)
+    prompt_mask: Tensor         # (P, L) bool: real, and before each prompt's last input
     last: Tensor                # (P, d) that input
     hidden: Tensor              # (P, d) of the policy there, normed
     next_position: Tensor       # (P,) of the first answer token in the backbone
@@ -720,7 +724,8 @@ class Rollout:
     """N = P prompts x G answers of at most T tokens, with all that an update needs.
 
     `inputs[:, t]` is what the policy read when it took action t (a state, or in token space the
-    input of its first layer); `prompt` holds the inputs before the first answer's, padded.
+    input of its first layer): at t = 0 that of the prompt's last token. `prompt` holds those of
+    the whole prompt, padded; `prompt_mask` leaves out its last.
     """
     texts: list[str]            # N decoded answers
     tokens: Tensor              # (N, T) x_{t+1} given action t
@@ -749,7 +754,7 @@ class Rollout:
 def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: int,
             temperature: float = 1.0, seeds: list[int] | None = None,
             check_every: int = 4) -> Rollout:
-    """Sample `group` answers to every prompt (section 3, RL), until the end of turn.
+    """Sample `group` answers to every prompt (section 4), until the end of turn.
 
     Prompt and image are encoded once and the caches expanded to the group; prompts of different
     lengths stay exact because padded keys are masked and every position is explicit. `seeds`
@@ -763,20 +768,21 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
         actor, prefix, group, uniform.view(N, -1).to(device), temperature, check_every)
 
     ends = torch.isin(tokens, actor.encoder.stop_ids.to(device))
-    finished, step = ends.any(1), torch.arange(max_new_tokens, device=device)
+    finished, place = ends.any(1), torch.arange(max_new_tokens, device=device)
     length = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)
-    mask, n = step < length[:, None], int(length.max())
+    mask, n = place < length[:, None], int(length.max())
     texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
              for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
     # Positions of the policy's inputs: the last prompt token's, then the answer's own.
-    positions = (prefix.policy_next[:, None] - 1 + step[:n]).repeat_interleave(group, 0)
+    positions = (prefix.policy_next[:, None] - 1 + place[:n]).repeat_interleave(group, 0)
     return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], finished,
-                   inputs[:, :n], positions, prefix.inputs, prefix.positions, prefix.before, group)
+                   inputs[:, :n], positions, prefix.prompt, prefix.prompt_positions,
+                   prefix.prompt_mask, group)
 
 
 def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list[list[int]]:
-    """Consecutive rows (indices) of at most that many padded tokens, or one row; of prompts with
-    their rollout, `group` answers of `new` tokens each."""
+    """Rows, in their order, as lists of indices: n rows x `group` answers x (longest + `new`) fit
+    the budget, or one row."""
     parts, longest = [], 0
     for i, row in enumerate(rows):
         longest = max(longest, len(row))
@@ -787,7 +793,7 @@ def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list
 
 
 def replay(policy: CausalStack, r: Rollout) -> Tensor:
-    """The policy's normed hidden states at every answer position, from kept inputs (N, T, d).
+    """The policy's normed hidden states at every answer position, from kept inputs: (N, T, d).
 
     Each layer passes over the prompts once, with gradient if enabled, and its keys and values are
     expanded to the group's answers. Equals the rollout's own incremental pass (tested).
@@ -798,7 +804,7 @@ def replay(policy: CausalStack, r: Rollout) -> Tensor:
     mask = torch.cat([before, causal.expand(len(before), -1, -1)], -1)[:, None]
 
     def both(layer, prompt, x):
-        cache = DynamicCache()
+        cache = DynamicCache()      # KVCache writes in place, where gradients have to pass
         prompt = run_layers([layer], prompt, policy.rotary, r.prompt_positions, cache)
         cache.batch_repeat_interleave(r.group)
         return prompt, run_layers([layer], x, policy.rotary, r.positions, cache, mask)
@@ -948,7 +954,7 @@ class Example:
     positions: Tensor           # (T, 3) temporal, height, width
     text_index: Tensor          # (M,) where each text token stands in the row
     tokens: Tensor              # (M,) text token ids
-    targets: Tensor             # (M,) bool: predict tokens[t + 1] at t
+    predicts: Tensor            # (M,) bool: tokens[t + 1] is to be predicted at t
     seen_image: Tensor          # (M,) bool: after the row's first image
     images: list                # PIL images or paths, decoded shortly before they are used
     grids: Tensor               # (n, 3) patches in time, height, width
@@ -969,8 +975,8 @@ class Batch:
     positions: Tensor           # (3, B, T)
     text_index: Tensor          # (B, M)
     tokens: Tensor              # (B, M)
-    targets: Tensor             # (B, M)
-    seen_image: Tensor          # (B, M)
+    predicts: Tensor            # (B, M) bool
+    seen_image: Tensor          # (B, M) bool
     lengths: Tensor             # (B,)
     text_lengths: Tensor        # (B,)
     has_image: Tensor           # (B,) bool
@@ -989,7 +995,7 @@ class Batch:
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Where a token is predicted, (B, M - 1) bool, and those K next tokens, (K,)."""
-        where = self.targets[:, :-1]
+        where = self.predicts[:, :-1]
         return where, self.tokens[:, 1:][where]
 
     def to(self, device) -> Batch:
@@ -1073,20 +1079,20 @@ class Encoder:
             raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
                             f"{self.longest}; shorten it (prompts are never cut)")
         ends, response = set(self.stop_ids.tolist()), torch.zeros(len(ids), dtype=torch.bool)
-        for start in range(len(self.turn), len(ids)):       # at the newline(s), one token
+        for start in range(len(self.turn), len(ids)):       # of the newline after the role
             if ids[start - len(self.turn):start] == self.turn:
                 end = next((t for t in range(start + 1, len(ids)) if ids[t] in ends), len(ids))
                 response[start + 1:end + 1] = True
         ids = torch.tensor(ids)
         index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
-        targets = torch.zeros(len(index), dtype=torch.bool)
-        targets[:-1] = index[1:] == index[:-1] + 1          # not across an image
+        predicts = torch.zeros(len(index), dtype=torch.bool)
+        predicts[:-1] = index[1:] == index[:-1] + 1          # after a vision token stands no state
         if responses_only:
-            targets[:-1] &= response[index[1:]]
+            predicts[:-1] &= response[index[1:]]
         of_image = ids == self.image_token
         positions, _ = self.rope_index(ids[None], mm_token_type_ids=of_image.int()[None],
                                        image_grid_thw=grids if len(grids) else None)
-        return Example(row["id"], where, ids, positions[:, 0].T, index, ids[index], targets,
+        return Example(row["id"], where, ids, positions[:, 0].T, index, ids[index], predicts,
                        of_image.cumsum(0)[index] > 0, row["images"], grids)
 
     def pixels(self, example: Example) -> Tensor | None:
@@ -1106,7 +1112,7 @@ class Encoder:
         pixels = [self.pixels(e) if e.pixels is None else e.pixels for e in examples if e.images]
         return Batch([e.id for e in examples], padded("ids", self.pad),
                      padded("positions").permute(2, 0, 1), padded("text_index"),
-                     padded("tokens", self.pad), padded("targets"), padded("seen_image"),
+                     padded("tokens", self.pad), padded("predicts"), padded("seen_image"),
                      torch.tensor([len(e) for e in examples]),
                      torch.tensor([len(e.tokens) for e in examples]),
                      torch.tensor([len(e.grids) > 0 for e in examples]),
@@ -1229,6 +1235,7 @@ class Stream:
                           "positions": [part.position for part in self.sources]}
         rows = []
         while len(rows) < self.block:
+            # Weighted round robin: each file earns its share, the richest pays one for a row.
             chosen = max(range(len(self.sources)), key=self.credit.__getitem__)
             self.credit = [c + share for c, share in zip(self.credit, self.shares)]
             self.credit[chosen] -= 1
@@ -1342,7 +1349,9 @@ def device_of(args) -> str:
     return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-PREFETCH_GROUP = [None]     # a process group of its own for the prefetching thread
+# The prefetching thread's own: in one group its collectives and the loop's could meet in another
+# order on each rank.
+PREFETCH_GROUP = [None]
 
 
 def init_distributed(args):

@@ -1218,7 +1218,7 @@ def test_positions_are_the_golden_ones_in_every_supported_transformers(sizes):
 def said(r):
     """The text of the tokens that are learned of a row of which only the responses are."""
     e = tiny_agent().encoder.encode(r, responses_only=True)
-    return tiny_agent().encoder.tokenizer.decode(e.tokens[1:][e.targets[:-1]])
+    return tiny_agent().encoder.tokenizer.decode(e.tokens[1:][e.predicts[:-1]])
 
 
 def test_encode_and_collate_mark_texts_responses_and_targets():
@@ -1244,7 +1244,7 @@ def test_encode_and_collate_mark_texts_responses_and_targets():
         assert torch.equal(batch.ids[b][index], batch.tokens[b, :m])
         # one by one: predict every text token right after a text token; seen: after an image
         wanted = [t + 1 < m and bool(index[t + 1] == index[t] + 1) for t in range(m)]
-        assert batch.targets[b, :m].tolist() == wanted and not batch.targets[b, m:].any()
+        assert batch.predicts[b, :m].tolist() == wanted and not batch.predicts[b, m:].any()
         assert batch.seen_image[b, :m].tolist() == [
             bool(vision) and t > vision[1] for t in index.tolist()]
     answers = [encoder.encode(r, responses_only=True) for r in ROWS]
@@ -3216,7 +3216,7 @@ def test_held_out_reports_by_brute_force():
     P, Q = agent.projector.P, agent.projector.P_inv
     for name, batch in (("id", collated(ROWS[:1])), ("text", collated(ROWS[1:2]))):
         e, e_t = agent.embeddings(batch)[0], agent.text_embeddings(batch)[0]
-        states, where = agent.states(batch)[0], batch.targets[0].nonzero()[:, 0].tolist()
+        states, where = agent.states(batch)[0], batch.predicts[0].nonzero()[:, 0].tolist()
         seen = batch.seen_image[0] if name == "id" else batch.real[0]
         wanted = {"cycle": Q.mu(P.mu(e_t[seen])) - e_t[seen]}
         if name == "id":
@@ -3285,7 +3285,7 @@ def inverse_losses(agent, rows=ROWS):
 def test_inverse_losses_by_brute_force_and_in_any_batch_split():
     agent = tiny_agent()
     batch, noise, (ce, entropy, codes) = inverse_losses(agent)
-    states, where = agent.states(batch), batch.targets.nonzero().tolist()
+    states, where = agent.states(batch), batch.predicts.nonzero().tolist()
     for k, (b, t) in enumerate(where):              # the code has seen states up to t + 1 only
         logits = agent.idm(states[b:b + 1, :t + 2], torch.arange(t + 2)[None])[0, -1]
         code = (logits + noise[b, t]).argmax()
@@ -3296,8 +3296,8 @@ def test_inverse_losses_by_brute_force_and_in_any_batch_split():
         assert codes[k] == code
     assert len(where) == len(ce)
     close(torch.cat([inverse_losses(agent, [r])[2][0] for r in ROWS]), ce, 1e-4)
-    assert train_idm.inverse_counts([batch]) == {"paired": batch.targets[[0, 2]].sum(),
-                                                 "text": batch.targets[1].sum()}
+    assert train_idm.inverse_counts([batch]) == {"paired": batch.predicts[[0, 2]].sum(),
+                                                 "text": batch.predicts[1].sum()}
     assert train_idm.inverse_counts([]) == {"paired": 1, "text": 1}
 
 

@@ -217,7 +217,7 @@ def main(argv=None):
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
         batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
-        n = max(1.0, all_sum({"n": sum(int(b.targets.sum()) for b in batches)})["n"])
+        n = max(1.0, all_sum({"n": sum(int(b.predicts.sum()) for b in batches)})["n"])
         totals = {"ce": 0.0, "accuracy": 0.0}
         for batch in batches:
             with agent.autocast():

@@ -85,8 +85,8 @@ def inverse_loss(ce: Tensor, neg_entropy: Tensor, paired: Tensor,
 
 def inverse_counts(batches: list[Batch]) -> dict[str, float]:
     """Global numbers of labelled positions on rows with and without image, at least 1."""
-    counts = all_sum({"paired": sum(int(b.targets[b.has_image].sum()) for b in batches),
-                      "text": sum(int(b.targets[~b.has_image].sum()) for b in batches)})
+    counts = all_sum({"paired": sum(int(b.predicts[b.has_image].sum()) for b in batches),
+                      "text": sum(int(b.predicts[~b.has_image].sum()) for b in batches)})
     return {name: max(1.0, n) for name, n in counts.items()}
 
 
@@ -172,7 +172,7 @@ def main(argv=None):
             noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), args.codes,
                                  args.seed, "idm", step).to(agent.device)
             ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
-            paired = batch.has_image[:, None].expand_as(batch.targets)[:, :-1][batch.labelled()[0]]
+            paired = batch.has_image[:, None].expand_as(batch.predicts)[:, :-1][batch.labelled()[0]]
             loss = inverse_loss(ce, neg_entropy, paired, latent_counts)
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
                        "entropy": -neg_entropy.sum()}

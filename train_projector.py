@@ -281,7 +281,7 @@ def ensure_base(args):
         phase, phase_step, phase_steps, *lrs = plan[step]
         batches, row_ids = next_batches(agent, streams, (phase,), args.tokens_at_once)
         align = phase == "align"
-        n = all_sum({"n": sum(len(b.row_ids) if align else int(b.targets.sum())
+        n = all_sum({"n": sum(len(b.row_ids) if align else int(b.predicts.sum())
                               for b in batches)})["n"]
         total = 0.0
         for batch in batches:

@@ -62,14 +62,15 @@ FULL_SCALE = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
 DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
                        "full": FULL_SCALE},
             "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
-# Of the default run on two CPU cores: what a fresh start has before it.
+# Of each stage of the default run on two CPU cores, for `plan`.
 MINUTES = {"base": 3, "projector": 0.5, "idm": 1.7, "bc": 1, "sft": 0.3, "rl": 1}
 MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
+WARMUP = 5                          # steps
 SAMPLE_EVERY = 20                   # steps between rows of samples.jsonl
-# Of the mean distance of the rollout's log-probs from the update's; bf16 rounds a logit of 16 to an
-# eighth.
+# Largest mean distance of a token's log-prob in the rollout from that in the update that rounding
+# explains; bf16 rounds a logit of 16 to an eighth.
 ROLLOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 
 
@@ -85,7 +86,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--clip", nargs=2, type=within(float, 0), metavar=("LOW", "HIGH"),
         help="of the ratio; acts only where a rollout has several updates")
     add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
-        help="token weights")
+        help="of token losses: mean over sequences of token means, of sums / longest allowed "
+        "length, or of sums; mean over all tokens, or over each rank's")
     add("--beta", type=within(float, 0), help="weight of the KL to the starting policy")
     add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="none named: neither")
     add("--kl", default="k3", choices=("k3", "exact"),
@@ -194,6 +196,12 @@ def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: flo
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
+def is_clipped(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Tokens whose gradient the clip removes: the ratio has left on the advantage's side, (K,)."""
+    ratio = log_ratio.exp()
+    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+
+
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Sampled estimate of KL(pi || ref) per token: exp(d) - d - 1, d = ref_logp - logp, (K,).
 
@@ -210,8 +218,8 @@ def token_weights(aggregate: str, lengths: Tensor, n_sequences: float, n_tokens:
 
     lengths (N,) counts an answer's own loss tokens; n_sequences and n_tokens are global.
     sequence: mean over sequences of token means; length: / (sequences x max_new_tokens); tokens:
-    / all tokens; sum: mean over sequences of token sums; local: / this rank's tokens, averaged
-    over ranks (n_tokens then is that).
+    / all tokens; sum: mean over sequences of token sums; local: / this rank's own tokens, averaged
+    over ranks (n_tokens is own tokens x ranks).
     """
     one = torch.ones_like(lengths, dtype=torch.float)
     return {"sequence": one / (n_sequences * lengths.clamp(min=1)),
@@ -252,9 +260,10 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args,
          key: tuple) -> tuple[list[tuple[Rollout, list[int]]], dict[int, dict]]:
     """Roll out and judge this rank's share of a round, in parts of --tokens-at-once.
 
-    Returns the rollouts with the places of their prompts in the step, and place -> what is known
-    of that group: `rewards` (G) of the task, NaN where judging failed, `shaped` with the overlong
-    term, texts, lengths, how often each action was taken, seconds.
+    A place numbers a prompt within the step, over ranks and refills. Returns the rollouts with
+    their prompts' places, and place -> what is known of that group: `rewards` (G,) of the task, NaN
+    where judging failed, `shaped` (G,) with the overlong term, G texts, `lengths` and `finished`
+    (G,), `actions` (n,) how often each was taken, seconds.
     """
     prompts = [agent.encoder.encode(row, prompt=True) for row in rows]
     seeds = [key_seed(*key, place, row["id"]) for place, row in zip(places, rows)]
@@ -348,15 +357,16 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
 
     totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
     kept, norms, worst = list(groups), [], 0.0
-    steps = [kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
-             for k in range(MINIBATCHES)]               # consecutive places: spread over the ranks
-    steps = [(places, training_batches(parts, groups, places, args, task.bounds))
-             for places in steps]
+    # Neighbouring places lie on different ranks (`collect`), so each has a share of a minibatch.
+    minibatches = [kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
+                   for k in range(MINIBATCHES)]
+    minibatches = [(places, training_batches(parts, groups, places, args, task.bounds))
+                   for places in minibatches]
     several = args.inner_epochs * MINIBATCHES > 1
     with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
-        old = {id(mask): statistics(r.select(some), mask)[0] for _, batches in steps
-               for r, some, _, mask in batches if several}
-    for places, batches in steps * args.inner_epochs:
+        old = {id(mask): statistics(r.select(some), mask)[0]
+               for _, batches in minibatches for r, some, _, mask in batches if several}
+    for places, batches in minibatches * args.inner_epochs:
         own_tokens = sum(int(mask.sum()) for *_, mask in batches)
         n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
                      "tokens": own_tokens})
@@ -393,12 +403,6 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     return {"loss": totals["loss"] / max(1, len(norms)), **kl,
             "entropy": totals["entropy"] / tokens, "clip_fraction": totals["clipped"] / tokens,
             "grad_norm": norms[-1] if norms else 0.0, "ratio_error": worst}
-
-
-def is_clipped(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Tokens whose gradient the clip removes: the ratio has left on the advantage's side, (K,)."""
-    ratio = log_ratio.exp()
-    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
 
 
 def check_rollout(dtype: torch.dtype, distance: dict[str, float]):
@@ -492,7 +496,7 @@ def main(argv=None):
     for step in range(run.resume(state), args.steps):
         parts, groups, kept = collect(agent, task, prompts, args, step)
         refuse_unjudged(step, groups)
-        began, lr = time.time(), args.lr * min(1.0, (step + 1) / 5)
+        began, lr = time.time(), args.lr * min(1.0, (step + 1) / WARMUP)
         figures = {**step_figures(groups, agent.space), "groups": len(kept)}
         if kept:      # else AdamW's momentum alone would move the policy
             figures |= update(agent, reference, optimizer, lr, run, parts,
@@ -517,8 +521,8 @@ def main(argv=None):
             _, predictions = tasks.evaluate(agent.eval(), task, splits, args.seed,
                                             args.tokens_at_once, modes)
             first = next(iter(splits.values()))[0]
-            _, steps = tasks.trace(agent, first, task.max_new_tokens)
-            entries[name] = {"predictions": predictions, "trace": steps}
+            _, traced = tasks.trace(agent, first, task.max_new_tokens)
+            entries[name] = {"predictions": predictions, "trace": traced}
         before, after = (entry["predictions"] for entry in entries.values())
         run.report("reward", tasks.gain_table(task, before, after))
         say(f"one prompt ({first['id']}): {before[0]['prompt'][-1]['content']}",

@@ -179,8 +179,8 @@ def identity(args, *kinds: str) -> dict:
 def load_task(args) -> Task:
     """The task that the flags of `task_flags` name, with its judge; `UserError` if they cannot."""
     if args.task == "mini":
-        # One fixed draw, so that all runs share its prompts; the tests were drawn anew
-        # (4, after 3) when this world and every setting had been chosen on validation prompts.
+        # One fixed draw, so that all runs share its prompts; the test prompts were drawn anew
+        # (5, after 3 and 4) when every setting had been chosen on validation prompts.
         task = mini_task(seed=1, test_seed=5)
     elif args.task in TASKS:
         if not args.task_root or not Path(args.task_root).is_dir():

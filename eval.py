@@ -916,11 +916,11 @@ class Endpoint:
         keys = [hashlib.sha256(json.dumps([self.model, JUDGE_REQUEST, p]).encode()).hexdigest()
                 for p in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
-        first, replies, tokens, reason = JUDGE["threads"], {}, 0, None
-        with ThreadPoolExecutor(first) as pool, open(self.file, "a", encoding="utf-8") as cache, \
-                tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() > 0) as bar:
-            for part in (list(new)[:first], list(new)[first:]):
-                for key, (reply, used, error) in zip(part, pool.map(self.ask, map(new.get, part))):
+        pool, replies, tokens, reason = ThreadPoolExecutor(JUDGE["threads"]), {}, 0, None
+        try:
+            with open(self.file, "a", encoding="utf-8") as cache, tqdm(
+                    total=len(new), desc="judge", leave=False, delay=3, disable=rank() > 0) as bar:
+                for key, (reply, used, error) in zip(new, pool.map(self.ask, new.values())):
                     replies[key], tokens, reason = reply, tokens + used, error or reason
                     if error is None:                                       # usable
                         self.cache[key], self.proven = reply, True
@@ -928,13 +928,16 @@ class Endpoint:
                         cache.flush()
                     bar.update()
                     bar.set_postfix_str(f"{tokens} tokens")
-                silent = set(replies.values()) == {None}
-                if new and not any(key in self.cache for key in keys) and (
-                        silent and not self.proven
-                        or len(replies) >= SOME and (silent or not self.proven)):
-                    raise UserError(f"--judge-url {self.url}: no usable reply in {len(replies)} "
-                                    f"calls ({reason}); see that the server runs and serves "
-                                    f"{self.model}, then run the same command again")
+                    silent = set(replies.values()) == {None}
+                    if len(replies) in (JUDGE["threads"], len(new)) and not any(
+                            key in self.cache for key in keys) and (
+                            silent and not self.proven
+                            or len(replies) >= SOME and (silent or not self.proven)):
+                        raise UserError(f"--judge-url {self.url}: no usable reply in {len(replies)}"
+                                        f" calls ({reason}); see that the server runs and serves "
+                                        f"{self.model}, then run the same command again")
+        finally:                            # do not wait for calls in flight
+            pool.shutdown(wait=False, cancel_futures=True)
         return [self.cache.get(key, replies.get(key)) for key in keys]
 
     def ask(self, prompt: str) -> tuple[str | None, int, str | None]:
@@ -945,7 +948,7 @@ class Endpoint:
         pause, began = 0.0, time.time()
         for attempt in range(JUDGE["attempts"]):
             time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
-            if time.time() - began > JUDGE["patience"]:
+            if attempt and time.time() - began > JUDGE["patience"]:
                 break
             pause = JUDGE["pause"] * 2 ** attempt
             try:
@@ -1514,8 +1517,8 @@ def main(argv=None):
     if args.make_references:
         return make_references(args) if rank() == 0 else None
     summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
-    folders = [Path(run) for run in args.runs]
-    above = os.path.commonpath([folder.absolute().parent for folder in folders])
+    folders = [Path(os.path.abspath(run)) for run in args.runs]
+    above = os.path.commonpath([folder.parent for folder in folders])
     for folder in folders:
         name = os.path.relpath(folder, above)   # tells runs of several roots apart
         if not (folder / "model.safetensors").exists():

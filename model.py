@@ -426,7 +426,11 @@ class Agent(nn.Module):
             if getattr(self, name) is None:
                 self.make(name)
             module = getattr(self, name).requires_grad_(False)
-            module.load_state_dict(part, strict=name != "backbone")
+            try:
+                module.load_state_dict(part, strict=name != "backbone")
+            except RuntimeError as error:
+                raise UserError(f"{path}: {name} does not fit this run's structure "
+                                f"({error!s:.80}); redo the run with --fresh") from None
         return self
 
     @classmethod
@@ -1436,12 +1440,19 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> fl
 
 
 def reduce_gradients(params: list[nn.Parameter]):
-    """Sum gradients over ranks. Every loss is already divided by its global denominator, so any
-    split over ranks and micro-batches gives the same sum; a rank without rows adds zeros."""
+    """Sum gradients over ranks: of a small model at once, of a large one a tensor at a time, which
+    copies nothing. Every loss is already divided by its global denominator, so any split over ranks
+    and micro-batches gives the same sum; a rank without rows adds zeros."""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if dist.is_initialized():
+    if dist.is_initialized() and sum(p.numel() for p in params) > 2 ** 24:
+        for p in params:
             dist.all_reduce(p.grad)
+    elif dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(grad.view_as(p))
 
 
 def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],

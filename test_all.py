@@ -676,7 +676,7 @@ def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
             assert torch.equal(a, b) and not a.requires_grad
     assert set(load_file(one.folder / "model.safetensors")) == {
         f"projector.{name}" for name in agent.projector.state_dict()}
-    with pytest.raises(RuntimeError, match="size mismatch for blocks.0.gate"):
+    with pytest.raises(UserError, match="(?s)two.model.safetensors: world does not fit.*--fresh"):
         load(world=WorldModel(64, 8))
     for folder in (one.folder, two.folder):
         weights, rng = folder / "model.safetensors", random.Random(0)
@@ -721,15 +721,17 @@ def one_of_two_ranks(rank, folder):
     """A process of a group: gradients are summed, figures in float64."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                          world_size=2)
-    params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
-    for p in params[:-1]:                           # the last has a gradient on rank 0 alone
-        p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
-    if rank == 0:
-        params[-1].grad = torch.ones(2, 3)
-    kit.reduce_gradients(params)
-    for p in params[:-1]:
-        assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
-    assert torch.equal(params[-1].grad, torch.ones(2, 3))
+    for large in ((), (2 ** 24, 1)):                # at once, and a tensor at a time
+        params = [nn.Parameter(torch.zeros(shape))
+                  for shape in ((3, 4), (5,), large, (7,), (2, 3))]
+        for p in params[:-1]:                       # the last has a gradient on rank 0 alone
+            p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
+        if rank == 0:
+            params[-1].grad = torch.ones(2, 3)
+        kit.reduce_gradients(params)
+        for p in params[:-1]:
+            assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
+        assert torch.equal(params[-1].grad, torch.ones(2, 3))
     big = 2 ** 24 + 1                               # fails in fp32
     got = kit.all_sum({"n": big * rank, "x": torch.tensor(0.5), "t": torch.tensor([[rank, 2.0]])})
     assert (got["n"], got["x"], got["t"].tolist()) == (big, 1.0, [[1.0, 4.0]])
@@ -1912,8 +1914,9 @@ def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
         h = replay(agent.policy, r)[r.mask]
         logps = action_statistics(agent.policy, h, r.actions[r.mask], 1.0,
                                   agent.token_bias if space == "token" else None)[0]
-    distance = (logps - r.logps[r.mask]).abs().mean()
-    assert len(prompt) > 400 and distance < train_rl.ROLLOUT_TOLERANCE[torch.bfloat16]
+    distance = (logps - r.logps[r.mask]).abs()      # .10 and .33 with frequencies in bf16
+    assert len(prompt) > 400 and distance.max() < 0.15
+    assert distance.mean() < train_rl.ROLLOUT_TOLERANCE[torch.bfloat16]
 
 
 # ---- eval.py ---------------------------------------------------------------------------------
@@ -2830,6 +2833,12 @@ def test_an_evaluation_is_under_the_runs_own_limits_and_temperature(tmp_path, ca
     task = write(tmp_path / "other.jsonl", [{**r, "split": "id"} for r in text_rows(2)])
     got = evaluated("--out", str(other), "--task", task, file=other / folder.name)
     assert {k: len(v) for k, v in got[1].items()} == {"t0": 3, "t1": 3}
+    second = tmp_path.with_name(f"{tmp_path.name}-second")          # runs of one name in two roots
+    shutil.copytree(tmp_path, second)
+    tasks.main([str(folder), f"{tmp_path}/../{second.name}/tiny/{folder.name}", "--splits", "id",
+                "--out", str(tmp_path / "both"), "--device", "cpu"])
+    for root in (tmp_path, second):
+        assert (tmp_path / "both" / root.name / "tiny" / folder.name / "summary.json").exists()
     assert (folder / "summary.json").read_text() == before
     summary = json.loads((other / folder.name / "summary.json").read_text())
     said = capsys.readouterr().out

@@ -47,7 +47,7 @@ DEFAULTS = {   # the full-scale learning rates are the release's
     "clone": LATENT_SFT, "release": LATENT_SFT,
     "token": {"tiny": {"steps": 40, "lr": 1e-4, "batch_tokens": 2048},
               "full": {"steps": 300, "lr": 5e-5, "batch_tokens": 8192}}}
-MIXED = 2 ** 15        # pairs of a token and a code that the report asks the world model for
+REPORTED = 2 ** 15     # pairs of a token and a code that the report asks the world model for
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-# ---- Losses, per labelled position: (code loss, token loss, hit), (K,) each ------------------
+# ---- Losses, per labelled position: (loss, hit), (K,) each -----------------------------------
 
 
 def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def train_last_layers(agent: Agent, n_layers: int):
 @torch.no_grad()
 def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
     """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
-    model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on MIXED / |C| tokens."""
+    model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on REPORTED / |C| tokens."""
     report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
     for name, examples in held.items():
         parts = []
@@ -142,12 +142,13 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
             parts.append((e[:, :-1][where], states[:, :-1][where], logits, codes, targets))
         e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
         taken = logits.argmax(-1)
-        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MIXED // n]
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        some = some[:max(1, REPORTED // n)]
         e, s, x, logits = (part[some.to(agent.device)] for part in (e, s, x, logits))
         with agent.autocast():
             given_code = torch.stack([token_logprobs(
                 head, agent.world(s, c.expand_as(s)).to(s.dtype), x, agent.token_bias)
-                for c in agent.codebook.weight], -1)                          # (MIXED / |C|, |C|)
+                for c in agent.codebook.weight], -1)                          # (tokens, |C|)
         mixture = torch.logsumexp(F.log_softmax(logits, -1) + given_code, -1)
         report[name] = {"accuracy": (taken == codes).float().mean().item(),
                         "policy x world": -mixture.mean().item(),

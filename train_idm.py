@@ -195,7 +195,7 @@ def main(argv=None):
                        **tasks.code_usage(usage.window), "lr": lr, "grad_norm": norm},
                 "ce_paired", "ce_text", "code_perplexity")
         run.save(step + 1, state)
-    if tasks.code_usage(usage.window)["code_perplexity"] < min(4, args.codes / 2):
+    if args.steps and tasks.code_usage(usage.window)["code_perplexity"] < min(4, args.codes / 2):
         say("warning: the codebook has collapsed: a code or two serve all; see README, "
             "Troubleshooting")
     if parent:

@@ -248,6 +248,9 @@ def ensure_base(args):
             raise UserError(f"{folder} knows {made_for['world']}, this is {identity['world']}; use "
                             "another --run-root")
         return
+    if folder.exists():
+        raise UserError(f"{folder}: stands there without model.safetensors; remove it and run the "
+                        "same command again")
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
     seed = args.seed
     if (half_made / "pretraining" / "state" / "last.pt").exists():  # it goes on as it was started

@@ -487,7 +487,9 @@ def main(argv=None):
     more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
     say(f"answers to be judged in all: {answers}{more} in training, "
         f"{2 * tasks.n_answers(splits, modes)} in the evaluation before and after")
-    initial = copy.deepcopy(agent.policy).requires_grad_(False)     # and the KL's reference
+    initial = None                                  # the start, and the KL's reference
+    if args.beta or splits:
+        initial = copy.deepcopy(agent.policy).requires_grad_(False)
     reference = initial if args.beta else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)

@@ -2604,6 +2604,9 @@ def test_a_server_that_never_answers_is_left_when_patience_ends(endpoint, monkey
     with pytest.raises(UserError, match="no usable reply in 1 calls"):
         judge([QUESTION], ["x"])
     assert 1 < len(server.calls) < tasks.JUDGE["attempts"]      # fails if every try is waited for
+    monkeypatch.setitem(tasks.JUDGE, "patience", 0.0)           # none to repeat a call: one is made
+    server, judge = endpoint()
+    assert judge([QUESTION], ["x"])[0] is not None and len(server.calls) == 1
 
 
 def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
@@ -3962,6 +3965,12 @@ if kit.rank() == 0:
 RL = ["--prompts", "2", "--group-size", "4", "--max-new-tokens", "12", "--lr", "1e-2"]
 MAIN = "rl-task-grpo-latent-s0"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+def test_a_base_without_weights_is_named_before_three_minutes_are_spent(tmp_path):
+    (tmp_path / "tiny/base").mkdir(parents=True)
+    with pytest.raises(UserError, match="base: stands there without model.safetensors; remove it"):
+        stage1.ensure_base(parsed(stage1, "--run-root", str(tmp_path)))
 
 
 class Chain:

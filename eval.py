@@ -1485,6 +1485,10 @@ def arguments() -> argparse.ArgumentParser:
         "saved replies' text")
     add("--make-references", metavar="FOLDER", help="reference answers for PCogAlignBench's "
         "published files in FOLDER, by the model at --judge-url")
+    add("--figures", nargs="+", default=["reward", "diversity"], metavar="FIGURE", help="of "
+        "summary.json, compared over seeds (default: reward diversity)")
+    add("--held-out", action="store_true", help="nothing is evaluated: what the stages RUN "
+        "(projector, idm, bc, rl-*) reported of held-out rows, over seeds")
     add("--report", metavar="FILE", help="a page of all these runs: answers, gains over the first, "
         "curves, reward against diversity, what each code does")
     add("--chat", action="store_true", help="talk to RUN in the terminal")
@@ -1516,8 +1520,10 @@ def main(argv=None):
         return rescore(args.rescore)
     if args.make_references:
         return make_references(args) if rank() == 0 else None
-    summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
     folders = [Path(os.path.abspath(run)) for run in args.runs]
+    if args.held_out:
+        return say(*(format_table(*table) for table in reported(folders).items()), sep="\n\n")
+    summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
     above = os.path.commonpath([folder.parent for folder in folders])
     for folder in folders:
         name = os.path.relpath(folder, above)   # tells runs of several roots apart
@@ -1581,11 +1587,15 @@ def main(argv=None):
     if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
         say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
             "gives all the same")
-    tables = {}
+    tables, known = {}, {name for table in summaries.values() for row in table.values()
+                         for name in row}
+    if unknown := set(args.figures) - known - {"diversity"}:        # of one answer there is none
+        raise UserError(f"--figures: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if len(summaries) > 1:
-        for figure in ("reward", "diversity"):
+        for figure in args.figures:
             tables[f"{figure}, mean over seeds (deviation)"] = compare(summaries, figure)
-        tables["difference, mean and 95 % t-interval over seeds"] = gains_over_first(summaries)
+            tables[f"{figure}, difference, mean and 95 % t-interval over seeds"] = gains_over_first(
+                summaries, figure)
         tables["latent - token, per seed"] = contrasts(rewards, personas)
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
@@ -1639,6 +1649,12 @@ def seconds(folder: Path) -> tuple[float, float]:
     return sum(row["seconds"] for row in read_log(folder)), before
 
 
+def spread(values: list[float]) -> str:
+    """Mean (deviation) over seeds; of one, its value."""
+    deviation = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
 def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
     """Each group of `by_seed` as one row: mean (deviation) of a figure; beside reward, seconds."""
     rows = {}
@@ -1648,12 +1664,28 @@ def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
         for key in tables[0]:
             values = [t[key][figure] for t in tables if figure in t.get(key, ())]
             if values:
-                spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
-                rows[name][key] = f"{np.mean(values):.3f}{spread}"
+                rows[name][key] = spread(values)
         if figure == "reward":
             own, before = np.mean([seconds(folder) for folder in group.values()], 0)
             rows[name] |= {"seconds": f"{own:.0f}", "stages before": f"{before:.0f}"}
     return rows
+
+
+def reported(folders: list[Path]) -> dict[str, dict[str, dict]]:
+    """The tables of these runs' report.json, each figure as mean (deviation) over a group of
+    `by_seed`; `UserError` for a run without one."""
+    tables = {}
+    for name, group in by_seed(folders).items():
+        for folder in group.values():
+            if not (folder / "report.json").exists():
+                raise UserError(f"{folder}: no report.json there; name finished runs of stages")
+        reports = [json.loads((folder / "report.json").read_text()) for folder in group.values()]
+        for title, table in reports[0].items():
+            if title != "share of codes":
+                tables[f"{name}, {title}, {len(reports)} seeds"] = {
+                    row: {figure: spread([report[title][row][figure] for report in reports])
+                          for figure in figures} for row, figures in table.items()}
+    return tables
 
 
 def student_p(t: float, freedom: int) -> float:
@@ -1691,9 +1723,9 @@ def persona_bootstrap(gains, personas, n: int = 2000) -> tuple[float, float]:
     return tuple(map(float, np.percentile(means, (2.5, 97.5))))
 
 
-def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
-    """Each group's reward less the first group's, paired by run root and seed, with its t-interval,
-    if there are two pairs; warm starts are one a run root."""
+def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
+    """A figure of each group less the first group's, paired by run root and seed, with its
+    t-interval, if there are two pairs; warm starts are one a run root."""
     (first, base), *others = by_seed(summaries).items()
     rows = {}
     for name, group in others:
@@ -1703,8 +1735,9 @@ def gains_over_first(summaries: dict[Path, dict]) -> dict[str, dict]:
         if len(pairs) > 1:
             rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
                 key: "{:+.3f} ± {:.3f}".format(*t_interval([
-                    after[key]["reward"] - before[key]["reward"] for before, after in pairs]))
-                for key in pairs[0][0]}}
+                    after[key][figure] - before[key][figure] for before, after in pairs]))
+                for key in pairs[0][0] if all(figure in side[key] for pair in pairs
+                                              for side in pair)}}
     return rows
 
 

@@ -2048,14 +2048,40 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
     # .3 .1 .2: mean .2, deviation .1; .1 .2 0: mean .1, deviation .1; t(2) = 4.3027
     half = 4.302653 * 0.1 / math.sqrt(3)
     close(tasks.t_interval([0.3, 0.1, 0.2]), (0.2, half))
-    table = tasks.gains_over_first(dict(sorted(runs.items(), key=lambda pair: pair[0].name < "s")))
+    table = tasks.gains_over_first(dict(sorted(
+        runs.items(), key=lambda pair: pair[0].name < "s")), "reward")
     assert table == {f"tiny/rl-mini-dapo-{space} - tiny/sft-mini-latent":
                      {"pairs": 3, "id": f"{mean:+.3f} ± {half:.3f}"}
                      for space, mean in (("latent", 0.2), ("token", 0.1))}
     del runs[tmp_path / "0/tiny/sft-mini-latent"]           # fails if pairs are made by place
     (row_,) = {name: r for name, r in tasks.gains_over_first(dict(sorted(
-        runs.items(), key=lambda pair: pair[0].name < "s"))).items() if "latent -" in name}.values()
+        runs.items(), key=lambda pair: pair[0].name < "s")), "reward").items()
+        if "latent -" in name}.values()
     assert row_["pairs"] == 2 and row_["id"].startswith("+0.150")
+    for folder in runs:                                     # a figure that one side alone has
+        if "token" not in folder.name:
+            runs[folder]["id"]["codes_used"] = 3
+    rows = tasks.gains_over_first(runs, "codes_used")
+    assert rows["tiny/rl-mini-dapo-token - tiny/rl-mini-dapo-latent"] == {"pairs": 3}
+
+
+def test_held_out_reports_over_seeds(tmp_path):
+    """Fails if reports of other stages, or of variants of one, are counted together."""
+    for root, stage, seed, ce in (("a", "idm", 0, 0.1), ("b", "idm", 1, 0.3), ("a", "bc", 0, 0.7),
+                                  ("a", "idm-without-cycle", 0, 0.9)):
+        scored_run(tmp_path, f"{root}/tiny/{stage}", seed, 0)
+        (tmp_path / root / "tiny" / stage / "report.json").write_text(json.dumps({
+            "cross-entropy": {"ood": {"IDM": ce, "codes_used": 3}}, "share of codes": {"ood": [1]}}))
+    folders = sorted(tmp_path.glob("*/tiny/*"))
+    assert tasks.reported(folders) == {
+        "tiny/idm, cross-entropy, 2 seeds":
+            {"ood": {"IDM": "0.200 (0.141)", "codes_used": "3.000 (0.000)"}},
+        "tiny/bc, cross-entropy, 1 seeds": {"ood": {"IDM": "0.700", "codes_used": "3.000"}},
+        "tiny/idm-without-cycle, cross-entropy, 1 seeds":
+            {"ood": {"IDM": "0.900", "codes_used": "3.000"}}}
+    (folders[0] / "report.json").unlink()
+    with pytest.raises(UserError, match="no report.json"):
+        tasks.reported(folders)
 
 
 def test_p_values_and_their_correction_by_hand():

@@ -46,10 +46,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (STRUCTURE, Agent, UserError, agreed, count, file_identity, format_table, gather,
-                   init_distributed, key_seed, launch, open_image, pack, positive, rank,
-                   read_config, read_rows, replay, rollout, say, table_cells, text_positions,
-                   within, world_size, write_text)
+from model import (LOGITS_AT_ONCE, STRUCTURE, Agent, UserError, agreed, all_sum, count,
+                   file_identity, format_table, gather, in_chunks, init_distributed, key_seed,
+                   launch, micro_batches, open_image, pack, positive, rank, read_config, read_rows,
+                   replay, rollout, say, table_cells, text_positions, within, world_size,
+                   write_text)
 
 import torch
 import torch.nn.functional as F
@@ -1388,6 +1389,30 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     return table, predictions
 
 
+@torch.no_grad()
+def reach(agent: Agent, rows: list[dict], tokens_at_once: int) -> dict[str, float]:
+    """Why references are missed, at the states on their way: the share of their tokens that no code
+    makes the likeliest ("unreached": codebook and world model are at fault), and of those that
+    some code does, but not the policy's best ("passed_over": the policy is)."""
+    codes = torch.arange(agent.structure["codes"], device=agent.device)
+    totals = {"tokens": 0, "unreached": 0, "passed_over": 0}
+
+    def reached(s, x):                                          # (K, d), (K,) -> (K, |C|) bool
+        return (torch.stack([agent.next_token_logits(s, code.expand(len(s))).argmax(-1) == x
+                             for code in codes], -1),)
+    for batch in micro_batches(agent, [agent.encoder.encode(row, responses_only=True)
+                                       for row in rows[rank()::world_size()]], tokens_at_once):
+        (where, x), s = batch.labelled(), agent.states(batch)
+        best = agent.policy(s, text_positions(s))[:, :-1][where].argmax(-1)             # (K,)
+        (given,) = in_chunks(reached, LOGITS_AT_ONCE // len(agent.token_bias), s[:, :-1][where], x)
+        some, taken = given.any(-1), given.gather(1, best[:, None])[:, 0]
+        totals["tokens"] += len(x)
+        totals["unreached"] += int((~some).sum())
+        totals["passed_over"] += int((some & ~taken).sum())
+    totals = all_sum(totals)
+    return {name: totals[name] / max(1, totals["tokens"]) for name in ("unreached", "passed_over")}
+
+
 def judged(task: Task, rows: list[dict], answers: list[str]) -> list[str | None]:
     """The judge's replies, on all ranks: each calls it for its own share, whole prompts, so that
     equal answers to one are paid for once."""
@@ -1561,6 +1586,9 @@ def main(argv=None):
             f"answers for the judge of task {task.name}")
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
                                       yardsticks[base])
+        if agent.space == "latent":
+            for split, rows in splits.items():
+                table[f"{split} greedy"] |= reach(agent, rows, args.tokens_at_once)
         say(format_table(folder.name, without_dimensions(task, table)))
         summaries[folder] = table
         rewards[folder] = {

@@ -3282,6 +3282,28 @@ def test_held_out_reports_by_brute_force():
         assert inferred[name]["codes_used"] == len(set(codes))
 
 
+def test_reach_by_brute_force():
+    """Fails if unreached tokens count as passed over, or if prompts' tokens count."""
+    agent, tokens, misses = tiny_agent(), 0, Counter()
+    said = rollout(agent, examples(ROWS[:2], prompt=True), 4, 6, 2.0, [0, 1]).texts
+    rows = [{**row_, "messages": [*row_["messages"][:-1], {"role": "assistant", "content": text}]}
+            for row_, text in zip((*ROWS[:1] * 4, *ROWS[1:2] * 4), said)]   # codes give most of it
+    for row_ in rows:
+        batch = agent.encoder.collate([agent.encoder.encode(row_)])
+        states, start = agent.states(batch)[0], int(agent.encoder.collate(
+            [agent.encoder.encode(row_, prompt=True)]).text_lengths)
+        for t in range(start - 1, int(batch.text_lengths) - 1):
+            pi = agent.policy(states[None, :t + 1], torch.arange(t + 1)[None])[0, -1]
+            given = agent.next_token_logits(states[t].expand(16, -1), torch.arange(16)).argmax(-1)
+            given, tokens = (given == batch.tokens[0, t + 1]).tolist(), tokens + 1
+            misses["unreached"] += not any(given)
+            misses["passed_over"] += any(given) and not given[int(pi.argmax())]
+    assert min(misses.values()) > 3 and sum(misses.values()) < tokens - 3
+    for budget in (1, 999):
+        assert tasks.reach(agent, rows, budget) == pytest.approx(
+            {name: n / tokens for name, n in misses.items()})
+
+
 def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated():
     """Text-only rows among the paired ones in step 1; rows without a response in SFT."""
     agent, batch = trainable("projector", "policy", "world"), collated(ROWS[1:2])

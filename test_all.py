@@ -3275,8 +3275,15 @@ def test_held_out_reports_by_brute_force():
                                 ("backbone", base[x])):
                 ce[key].append(-chance.log())
         wanted = {key: torch.stack(values).mean() for key, values in ce.items()}
-        close([inferred[name][key] for key in ("IDM", "backbone")],
-              [wanted["IDM"], wanted["backbone"]], 1e-4)
+        generator = torch.Generator().manual_seed(0)
+        permuted = torch.tensor(codes)[torch.randperm(len(codes), generator=generator)]
+        drawn = torch.randint(16, (len(codes),), generator=generator)
+        for key, others in (("shuffled", permuted), ("random", drawn)):
+            wanted[key] = torch.stack([-agent.next_token_logits(states[t][None], code[None])[0]
+                                       .double().log_softmax(-1)[batch.tokens[0, t + 1]]
+                                       for t, code in zip(where, others)]).mean()
+        close([inferred[name][key] for key in ("IDM", "backbone", "shuffled", "random")],
+              [wanted[key] for key in ("IDM", "backbone", "shuffled", "random")], 1e-4)
         close([cloned[name][key] for key in ("policy x world", "base", "accuracy")],
               [wanted["mixture"], wanted["backbone"], np.mean(hits)], 1e-4)
         assert inferred[name]["codes_used"] == len(set(codes))

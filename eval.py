@@ -1760,12 +1760,13 @@ def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict
         pairs = [(summaries[before], summaries[after]) for (root, seed), after in group.items()
                  for (place, start), before in base.items()
                  if place == root and (start == seed or "/rl-" not in first)]
-        if len(pairs) > 1:
+        common = [key for key in (pairs[0][0] if len(pairs) > 1 else ())
+                  if all(figure in side[key] for pair in pairs for side in pair)]
+        if common:
             rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
                 key: "{:+.3f} ± {:.3f}".format(*t_interval([
                     after[key][figure] - before[key][figure] for before, after in pairs]))
-                for key in pairs[0][0] if all(figure in side[key] for pair in pairs
-                                              for side in pair)}}
+                for key in common}}
     return rows
 
 

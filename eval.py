@@ -18,6 +18,7 @@ their word overlap with the reference. Deviations: README, rows 5 and 6.
     python eval.py runs/tiny/rl-mini-*-s?                     # comparison, seeds aggregated
     torchrun --nproc-per-node 8 eval.py RUN                   # prompts are shared out to the ranks
     python eval.py RUN --samples 3 --temperature 0.1          # the paper's protocol
+    python eval.py --held-out runs/*/tiny/{idm,bc}            # what stages reported, over seeds
     python eval.py --rescore runs/.../predictions.jsonl       # all figures again from the replies
 """
 

@@ -2071,7 +2071,8 @@ def test_held_out_reports_over_seeds(tmp_path):
                                   ("a", "idm-without-cycle", 0, 0.9)):
         scored_run(tmp_path, f"{root}/tiny/{stage}", seed, 0)
         (tmp_path / root / "tiny" / stage / "report.json").write_text(json.dumps({
-            "cross-entropy": {"ood": {"IDM": ce, "codes_used": 3}}, "share of codes": {"ood": [1]}}))
+            "cross-entropy": {"ood": {"IDM": ce, "codes_used": 3}},
+            "share of codes": {"ood": [1]}}))
     folders = sorted(tmp_path.glob("*/tiny/*"))
     assert tasks.reported(folders) == {
         "tiny/idm, cross-entropy, 2 seeds":

@@ -1392,9 +1392,9 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
 
 @torch.no_grad()
 def reach(agent: Agent, rows: list[dict], tokens_at_once: int) -> dict[str, float]:
-    """Why references are missed, at the states on their way: the share of their tokens that no code
-    makes the likeliest ("unreached": codebook and world model are at fault), and of those that
-    some code does, but not the policy's best ("passed_over": the policy is)."""
+    """Why references are missed, at the states on their way. Shares of all their tokens: those that
+    no code makes the likeliest ("unreached": codebook and world model are at fault), and those
+    that some code does, but not the policy's best ("passed_over": the policy is)."""
     codes = torch.arange(agent.structure["codes"], device=agent.device)
     totals = {"tokens": 0, "unreached": 0, "passed_over": 0}
 
@@ -1619,7 +1619,8 @@ def main(argv=None):
     tables, known = {}, {name for table in summaries.values() for row in table.values()
                          for name in row}
     if unknown := set(args.figures) - known - {"diversity"}:        # of one answer there is none
-        raise UserError(f"--figures: no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        raise UserError(f"--figures: no {', '.join(sorted(unknown))}; there are "
+                        f"{', '.join(sorted(known))}")
     if len(summaries) > 1:
         for figure in args.figures:
             tables[f"{figure}, mean over seeds (deviation)"] = compare(summaries, figure)
@@ -1710,10 +1711,15 @@ def reported(folders: list[Path]) -> dict[str, dict[str, dict]]:
                 raise UserError(f"{folder}: no report.json there; name finished runs of stages")
         reports = [json.loads((folder / "report.json").read_text()) for folder in group.values()]
         for title, table in reports[0].items():
-            if title != "share of codes":
+            if title == "share of codes":
+                continue
+            try:
                 tables[f"{name}, {title}, {len(reports)} seeds"] = {
                     row: {figure: spread([report[title][row][figure] for report in reports])
                           for figure in figures} for row, figures in table.items()}
+            except KeyError as error:
+                raise UserError(f"--held-out: of the runs {name} some did not report {error} of "
+                                f"\"{title}\"; name runs of equal --splits and data") from None
     return tables
 
 

@@ -2080,6 +2080,9 @@ def test_held_out_reports_over_seeds(tmp_path):
         "tiny/bc, cross-entropy, 1 seeds": {"ood": {"IDM": "0.700", "codes_used": "3.000"}},
         "tiny/idm-without-cycle, cross-entropy, 1 seeds":
             {"ood": {"IDM": "0.900", "codes_used": "3.000"}}}
+    (tmp_path / "b/tiny/idm/report.json").write_text('{"cross-entropy": {"ood": {"IDM": 0.3}}}')
+    with pytest.raises(UserError, match="tiny/idm some did not report 'codes_used'"):
+        tasks.reported(folders)
     (folders[0] / "report.json").unlink()
     with pytest.raises(UserError, match="no report.json"):
         tasks.reported(folders)

@@ -1141,14 +1141,18 @@ def atlas(predictions: list[dict], rows: dict[str, dict]) -> dict:
                                  if use["role"] != "plain"])}
 
 
+def groups_of(row: dict) -> set[str]:
+    """What a row belongs to: its persona, kind of question and `group`, as far as it names them."""
+    kind = row["question"][0] if isinstance(row.get("question"), (tuple, list)) else None
+    return {str(name) for name in (row.get("persona"), row.get("group"), kind) if name}
+
+
 def gains_by_group(task: Task, before: list[dict], after: list[dict],
                    rows: dict[str, dict]) -> dict[str, dict]:
-    """Reward before and after for each persona, kind of question and `group` that rows name."""
+    """Reward before and after for each of `groups_of`."""
     parts = defaultdict(list)
     for pair in zip(before, after, strict=True):
-        row = rows[pair[0]["id"]]
-        kind = row["question"][0] if isinstance(row.get("question"), (tuple, list)) else None
-        for group in {str(name) for name in (row.get("persona"), row.get("group"), kind) if name}:
+        for group in groups_of(rows[pair[0]["id"]]):
             parts[group].append(nan_mean(rewards_of(task, pair), 1))
     return {group: {**dict(zip(("before", "after"), nan_mean(pairs, 0).tolist())),
                     "prompts": len(pairs)} for group, pairs in sorted(parts.items())}
@@ -1513,6 +1517,8 @@ def arguments() -> argparse.ArgumentParser:
         "published files in FOLDER, by the model at --judge-url")
     add("--figures", nargs="+", default=["reward", "diversity"], metavar="FIGURE", help="of "
         "summary.json, compared over seeds (default: reward diversity)")
+    add("--by-group", action="store_true", help="reward of each persona, kind of question and `group` "
+        "that rows name, compared over seeds")
     add("--held-out", action="store_true", help="nothing is evaluated: what the stages RUN "
         "(projector, idm, bc, rl-*) reported of held-out rows, over seeds")
     add("--report", metavar="FILE", help="a page of all these runs: answers, gains over the first, "
@@ -1549,7 +1555,7 @@ def main(argv=None):
     folders = [Path(os.path.abspath(run)) for run in args.runs]
     if args.held_out:
         return say(*(format_table(*table) for table in reported(folders).items()), sep="\n\n")
-    summaries, rewards, personas, yardsticks, entries = {}, {}, {}, {}, {}
+    summaries, rewards, rows_of, yardsticks, entries = {}, {}, {}, {}, {}
     above = os.path.commonpath([folder.parent for folder in folders])
     for folder in folders:
         name = os.path.relpath(folder, above)   # tells runs of several roots apart
@@ -1595,8 +1601,7 @@ def main(argv=None):
         rewards[folder] = {
             key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
             for key, part in by_split_and_mode(predictions).items()}
-        personas |= {row["id"]: str(row.get("persona") or row["id"])
-                     for rows in splits.values() for row in rows}
+        rows_of |= {row["id"]: row for rows in splits.values() for row in rows}
         if args.report:
             first = next(iter(splits.values()))[0]
             entries[name] = {
@@ -1626,7 +1631,16 @@ def main(argv=None):
             tables[f"{figure}, mean over seeds (deviation)"] = compare(summaries, figure)
             tables[f"{figure}, difference, mean and 95 % t-interval over seeds"] = gains_over_first(
                 summaries, figure)
-        tables["latent - token, per seed"] = contrasts(rewards, personas)
+        if args.by_group:
+            grouped = rewards_by_group(rewards, rows_of)
+            for name, made in (("by group, mean over seeds (deviation)", compare),
+                               ("by group, difference", gains_over_first)):
+                over_seeds = made(grouped, "reward")
+                tables[f"reward {name}"] = {        # one line a group, one column for all its runs
+                    group: {runs: row.get(group) for runs, row in over_seeds.items()}
+                    for group in next(iter(grouped.values())) if over_seeds}
+        tables["latent - token, per seed"] = contrasts(rewards, {
+            row_id: str(row.get("persona") or row_id) for row_id, row in rows_of.items()})
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         say("\n" + format_table(name, rows))
@@ -1775,6 +1789,21 @@ def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict
                     after[key][figure] - before[key][figure] for before, after in pairs]))
                 for key in common}}
     return rows
+
+
+def rewards_by_group(rewards: dict[Path, dict], rows: dict[str, dict]) -> dict[Path, dict]:
+    """folder -> "split mode" -> prompt's id -> reward, as folder -> "split mode, group" ->
+    {"reward"} for each of `groups_of`: what `compare` and `gains_over_first` take."""
+    summaries = {}
+    for folder, keys in rewards.items():
+        parts = defaultdict(list)
+        for key, own in keys.items():
+            for row_id, reward in own.items():
+                for group in groups_of(rows[row_id]):
+                    parts[f"{key}, {group}"].append(reward)
+        summaries[folder] = {group: {"reward": float(nan_mean(part))}
+                             for group, part in sorted(parts.items())}
+    return summaries
 
 
 PRIMARY = ("grpo", "dapo")      # the algorithms whose rows are corrected as one family

@@ -2065,6 +2065,21 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
     assert set(rows) == {"tiny/sft-mini-latent - tiny/rl-mini-dapo-latent"}
 
 
+def test_rewards_by_group_are_means_over_its_prompts():
+    """Fails if splits or modes are mixed, or a failed judgement counts as 0."""
+    rows = {"1": {"persona": "Zed", "question": ("count", None)}, "2": {"persona": "Zed"},
+            "3": {"persona": "Orla", "question": ["count", None], "group": 7},
+            "4": {"question": "of the user's own"}}
+    rewards = {Path("a"): {"id greedy": {"1": 0.5, "2": 0.25, "3": 1.0, "4": 0.0},
+                           "ood greedy": {"1": math.nan, "3": 0.75}}}
+    assert tasks.rewards_by_group(rewards, rows) == {Path("a"): {
+        name: {"reward": reward} for name, reward in (
+            ("id greedy, 7", 1.0), ("id greedy, Orla", 1.0), ("id greedy, Zed", 0.375),
+            ("id greedy, count", 0.75), ("ood greedy, 7", 0.75), ("ood greedy, Orla", 0.75),
+            ("ood greedy, Zed", pytest.approx(math.nan, nan_ok=True)),
+            ("ood greedy, count", 0.75))}}
+
+
 def test_held_out_reports_over_seeds(tmp_path):
     """Fails if reports of other stages, or of variants of one, are counted together."""
     for root, stage, seed, ce in (("a", "idm", 0, 0.1), ("b", "idm", 1, 0.3), ("a", "bc", 0, 0.7),

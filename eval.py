@@ -1517,8 +1517,8 @@ def arguments() -> argparse.ArgumentParser:
         "published files in FOLDER, by the model at --judge-url")
     add("--figures", nargs="+", default=["reward", "diversity"], metavar="FIGURE", help="of "
         "summary.json, compared over seeds (default: reward diversity)")
-    add("--by-group", action="store_true", help="reward of each persona, kind of question and `group` "
-        "that rows name, compared over seeds")
+    add("--by-group", action="store_true", help="the reward of each persona, kind of question and "
+        "`group` that rows name, compared over seeds")
     add("--held-out", action="store_true", help="nothing is evaluated: what the stages RUN "
         "(projector, idm, bc, rl-*) reported of held-out rows, over seeds")
     add("--report", metavar="FILE", help="a page of all these runs: answers, gains over the first, "
@@ -1558,34 +1558,18 @@ def main(argv=None):
     summaries, rewards, rows_of, yardsticks, entries = {}, {}, {}, {}, {}
     above = os.path.commonpath([folder.parent for folder in folders])
     for folder in folders:
-        name = os.path.relpath(folder, above)   # tells runs of several roots apart
-        if not (folder / "model.safetensors").exists():
-            raise UserError(f"{folder}: no finished run there (no model.safetensors)")
-        agent = Agent.from_run(folder, args.device, args.dtype)
-        if agent.policy is None:
-            raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
-        config = read_config(folder)
-        if "task" not in config["identity"] and args.task is None:
-            raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name "
-                            "a --task")
-        if config["args"]["model"] == "tiny":
-            torch.set_num_threads(1)            # see train_rl.py
-        agent.min_p = agent.min_p if args.min_p is None else args.min_p
+        agent, own = load_run(folder, args)
         if args.chat:
             return talk(agent, args)
-        given = {key: value for key, value in vars(args).items() if value is not None}
-        merged = argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": None,
-                                       **config["args"], **given,
-                                       "run_root": folder.resolve().parent.parent})
-        task = load_task(merged)
-        task.max_new_tokens = merged.max_new_tokens or task.max_new_tokens
+        task = load_task(own)
+        task.max_new_tokens = own.max_new_tokens or task.max_new_tokens
         splits = chosen_splits(task, args.splits, args.eval_prompts)
         if empty := [s for s in args.splits if s not in splits]:
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
         base = agent.structure["base"]
         if base not in yardsticks:
-            yardsticks[base] = Agent.from_base(merged)
-        temperatures = args.temperature or [merged.temperature]
+            yardsticks[base] = Agent.from_base(own)
+        temperatures = args.temperature or [own.temperature]
         modes = {"greedy": (0.0, 1), **{
             "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
             for t in temperatures}}
@@ -1602,6 +1586,7 @@ def main(argv=None):
             key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
             for key, part in by_split_and_mode(predictions).items()}
         rows_of |= {row["id"]: row for rows in splits.values() for row in rows}
+        name = os.path.relpath(folder, above)       # tells runs of several roots apart
         if args.report:
             first = next(iter(splits.values()))[0]
             entries[name] = {
@@ -1618,35 +1603,65 @@ def main(argv=None):
             write_text(out / "summary.json", json.dumps(table, indent=1))
             say(f"wrote predictions.jsonl and summary.json to {out}")
         del agent                                   # before the next one is loaded
-    if len({row["min_p"] for table in summaries.values() for row in table.values()}) > 1:
-        say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
-            "gives all the same")
-    tables, known = {}, {name for table in summaries.values() for row in table.values()
-                         for name in row}
-    if unknown := set(args.figures) - known - {"diversity"}:        # of one answer there is none
-        raise UserError(f"--figures: no {', '.join(sorted(unknown))}; there are "
-                        f"{', '.join(sorted(known))}")
-    if len(summaries) > 1:
-        for figure in args.figures:
-            tables[f"{figure}, mean over seeds (deviation)"] = compare(summaries, figure)
-            tables[f"{figure}, difference, mean and 95 % t-interval over seeds"] = gains_over_first(
-                summaries, figure)
-        if args.by_group:
-            grouped = rewards_by_group(rewards, rows_of)
-            for name, made in (("by group, mean over seeds (deviation)", compare),
-                               ("by group, difference", gains_over_first)):
-                over_seeds = made(grouped, "reward")
-                tables[f"reward {name}"] = {        # one line a group, one column for all its runs
-                    group: {runs: row.get(group) for runs, row in over_seeds.items()}
-                    for group in next(iter(grouped.values())) if over_seeds}
-        tables["latent - token, per seed"] = contrasts(rewards, {
-            row_id: str(row.get("persona") or row_id) for row_id, row in rows_of.items()})
-    tables = {name: rows for name, rows in tables.items() if rows}
-    for name, rows in tables.items():
-        say("\n" + format_table(name, rows))
+    tables = comparison(summaries, rewards, rows_of, args.figures, args.by_group)
+    for title, table in tables.items():
+        say("\n" + format_table(title, table))
     if args.report and rank() == 0:
         write_page(Path(args.report), page(task, f"{len(entries)} runs on {task.name}", entries,
                                            tables))
+    known = {figure for table in summaries.values() for row in table.values() for figure in row}
+    if unknown := set(args.figures) - known - {"diversity"}:        # of one answer there is none
+        raise UserError(f"--figures: no {', '.join(sorted(unknown))}; there are "
+                        f"{', '.join(sorted(known))}")
+
+
+def load_run(folder: Path, args) -> tuple[Agent, argparse.Namespace]:
+    """A finished run's agent, and its own flags with those given here in their places. `UserError`
+    for what cannot be evaluated."""
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder}: no finished run there (no model.safetensors)")
+    agent, config = Agent.from_run(folder, args.device, args.dtype), read_config(folder)
+    if agent.policy is None:
+        raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
+    if "task" not in config["identity"] and args.task is None:
+        raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name a "
+                        "--task")
+    if config["args"]["model"] == "tiny":
+        torch.set_num_threads(1)                    # see train_rl.py
+    agent.min_p = agent.min_p if args.min_p is None else args.min_p
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return agent, argparse.Namespace(**{
+        "temperature": 1.0, "max_new_tokens": None, **config["args"], **given,
+        "run_root": folder.resolve().parent.parent})
+
+
+def comparison(summaries: dict[Path, dict], rewards: dict[Path, dict], rows: dict[str, dict],
+               figures: list[str], by_group: bool) -> dict[str, dict]:
+    """The tables, by title, that set several runs beside each other.
+
+    summaries: folder -> "split mode" -> figures; rewards: folder -> "split mode" -> prompt's id ->
+    reward; rows: prompt's id -> row."""
+    if len({line["min_p"] for table in summaries.values() for line in table.values()}) > 1:
+        say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
+            "gives all the same")
+    if len(summaries) < 2:
+        return {}
+    means = "mean over seeds (deviation)"
+    differences = "difference, mean and 95 % t-interval over seeds"
+    tables = {}
+    for figure in figures:
+        tables[f"{figure}, {means}"] = compare(summaries, figure)
+        tables[f"{figure}, {differences}"] = gains_over_first(summaries, figure)
+    if by_group:
+        grouped = rewards_by_group(rewards, rows)
+        for title, over_seeds in ((means, compare), (differences, gains_over_first)):
+            table = over_seeds(grouped, "reward")
+            tables[f"reward by group, {title}"] = {     # a line for each group, a column for runs
+                group: {runs: line.get(group) for runs, line in table.items()}
+                for group in next(iter(grouped.values())) if table}
+    tables["latent - token, per seed"] = contrasts(rewards, {
+        row_id: str(row.get("persona") or row_id) for row_id, row in rows.items()})
+    return {title: table for title, table in tables.items() if table}
 
 
 def talk(agent: Agent, args):

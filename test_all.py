@@ -2080,6 +2080,28 @@ def test_rewards_by_group_are_means_over_its_prompts():
             ("ood greedy, count", 0.75))}}
 
 
+def test_a_comparison_by_group_has_a_line_for_each_group(tmp_path):
+    """Two seeds of a warm start and of RL from it, two personas; no table without differences."""
+    summaries, rewards = {}, {}
+    for seed in range(2):
+        for stage, gain in (("sft-mini-latent", 0.0), (f"rl-mini-dapo-latent-s{seed}", 0.25)):
+            (folder,) = scored_run(tmp_path, f"{seed}/tiny/{stage}", seed, 0)
+            summaries[folder] = {"id greedy": {"reward": 0.5, "min_p": 0.0}}
+            rewards[folder] = {"id greedy": {"1": 0.5 + gain, "2": 0.25 + 2 * gain + seed / 4}}
+    rows = {"1": {"persona": "Zed"}, "2": {"persona": "Orla"}}
+    tables = tasks.comparison(summaries, rewards, rows, ["reward"], True)
+    means, differences = (table for title, table in tables.items() if "by group" in title)
+    assert means["id greedy, Orla"] == {"tiny/sft-mini-latent": "0.375 (0.177)",
+                                        "tiny/rl-mini-dapo-latent": "0.875 (0.177)"}
+    assert differences == {"id greedy, Orla": {
+        "tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": "+0.500 ± 0.000"}, "id greedy, Zed": {
+        "tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": "+0.250 ± 0.000"}}
+    assert not any("by group" in title for title in tasks.comparison(summaries, rewards, rows,
+                                                                     ["reward"], False))
+    one = dict([next(iter(summaries.items()))])
+    assert tasks.comparison(one, rewards, rows, ["reward"], True) == {}
+
+
 def test_held_out_reports_over_seeds(tmp_path):
     """Fails if reports of other stages, or of variants of one, are counted together."""
     for root, stage, seed, ce in (("a", "idm", 0, 0.1), ("b", "idm", 1, 0.3), ("a", "bc", 0, 0.7),
@@ -4467,8 +4489,9 @@ def test_chain_token_space_and_its_evaluation(chain):
     token = chain.runs / "rl-task-dapo-token-s0"
     assert {k.split(".")[0] for k in chain.weights(token.name)} == {"policy"}
     said = chain.run("eval.py", str(chain.runs / MAIN), str(token), "--eval-prompts", "1",
-                     "--samples", "3")
-    assert "best_of_3" in said and "reward, mean over seeds" in said
+                     "--samples", "3", "--figures", "reward", "rewards", status=2)
+    assert "best_of_3" in said and "reward, mean over seeds" in said    # and after all is said:
+    assert said.splitlines()[-1].startswith("eval.py: error: --figures: no rewards; there are ")
     summary = json.loads((token / "summary.json").read_text())
     rows = [json.loads(r) for r in (token / "predictions.jsonl").read_text().splitlines()]
     assert [len(r["answers"]) for r in rows] == [1, 3, 1, 3]            # id, ood x greedy, sampled

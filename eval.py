@@ -1501,8 +1501,8 @@ def arguments() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders (sft-*, rl-*)")
-    add("--splits", nargs="+", choices=SPLITS, default=["id", "ood"],
-        help="which prompts (default: id ood); tune on valid, touch the tests once")
+    add("--splits", nargs="+", choices=SPLITS, help="which prompts (default: id and ood, as far as "
+        "the task has them); tune on valid, touch the tests once")
     add("--samples", type=count, default=4, help="sampled answers a prompt, for best-of-N too")
     add("--temperature", type=positive, nargs="+", help="of these, one or several (default: the "
         "run's; paper: 0.1)")
@@ -1563,8 +1563,9 @@ def main(argv=None):
             return talk(agent, args)
         task = load_task(own)
         task.max_new_tokens = own.max_new_tokens or task.max_new_tokens
-        splits = chosen_splits(task, args.splits, args.eval_prompts)
-        if empty := [s for s in args.splits if s not in splits]:
+        asked = args.splits or [s for s in ("id", "ood") if task.splits[s]] or ["id"]
+        splits = chosen_splits(task, asked, args.eval_prompts)
+        if empty := [s for s in asked if s not in splits]:
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
         base = agent.structure["base"]
         if base not in yardsticks:

@@ -16,7 +16,7 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
               |
     s_t = e^{V,T}_t with an image, mu_P(e^T_t) without one               projector P, P'
               |
-              +---> policy pi(a_t | s_1..s_t) ---> a_t in 1..|C|        decoder layers, |C|-way head
+              +---> policy pi(a_t | s_1..s_t) ---> a_t in 0..|C|-1      decoder layers, |C|-way head
               |                                     |
               |                              c_t = C[a_t] in R^d         codebook
               v                                     v
@@ -26,7 +26,8 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     the codes (train_idm.py), the policy clones them (train_bc.py), RL trains the policy alone.
 
 States do not depend on the policy. So a rollout keeps them, and its update runs the policy module
-alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4 and 9.
+alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4, 9, 11, 12, 17
+and 21.
 
     from model import Agent
     agent = Agent.from_run("runs/tiny/rl-mini-dapo-latent-s0")
@@ -151,12 +152,13 @@ class CausalStack(nn.Module):
         return stack.float().requires_grad_(True)
 
     def hidden(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
-        """(B, T, d) -> (B, T, d), normed: what the head reads."""
+        """x (B, T, d) at positions (3, B, T) or (B, T), mask as in `run_layers` -> (B, T, d), what
+        the head reads: normed."""
         x = run_layers(self.layers, x, self.rotary, positions, cache, mask, self.recompute)
         return self.norm(x.to(self.norm.weight.dtype))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(B, T, d) -> logits (B, T, n_out)."""
+        """x (B, T, d) at positions (3, B, T) or (B, T) -> logits (B, T, n_out)."""
         return self.head(self.hidden(x, positions))
 
 
@@ -487,7 +489,7 @@ class Agent(nn.Module):
 
     def trunk(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
         """Embeddings -> what modules downstream read: e (normed), or in token space the input
-        of the policy's first layer. (B, T, d) -> (B, T, d)."""
+        of the policy's first layer. x (B, T, d) at positions (3, B, T) or (B, T) -> (B, T, d)."""
         text = self.backbone.model.language_model
         layers = text.layers[:-len(self.policy.layers)] if self.space == "token" else text.layers
         x = run_layers(layers, x, text.rotary_emb, positions, cache, mask, self.recompute)
@@ -594,7 +596,8 @@ class KVCache:
         return self.buffers[layer][:, :, :, :end].unbind()
 
     def expand(self, group: int, extra: int) -> KVCache:
-        """The cache of P prompts as one of P * group rows with room for `extra` more tokens."""
+        """The cache of P prompts, (P, heads, n, ..) a layer, as one of P * group rows with room for
+        `extra` more tokens: (P * group, heads, n + extra, ..)."""
         out = KVCache(F.pad(self.real, (0, extra), value=True).repeat_interleave(group, 0))
         for layer, buffer in self.buffers.items():
             used = buffer[:, :, :, :self.used[layer]]
@@ -650,7 +653,8 @@ class Prefix:
 
 
 def prefill(actor: Agent, batch: Batch) -> Prefix:
-    """The frozen trunk and the policy over each prompt, once for all its answers."""
+    """The frozen trunk and the policy over each of P prompts, once for all its answers: a batch
+    with ids (P, T) -> the tensors of `Prefix`."""
     prompts = torch.arange(len(batch.ids), device=batch.ids.device)
     real = text_positions(batch.ids) < batch.lengths[:, None]
     cache = KVCache(real)
@@ -745,7 +749,7 @@ class Rollout:
     group: int
 
     def select(self, prompts: list[int]) -> Rollout:
-        """The rollout of some of its prompts with all their answers."""
+        """The rollout of n of its prompts with all their answers, (n * group, T) each."""
         p = torch.tensor(prompts, device=self.mask.device)
         n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
         return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
@@ -762,7 +766,8 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
 
     Prompt and image are encoded once and the caches expanded to the group; prompts of different
     lengths stay exact because padded keys are masked and every position is explicit. `seeds`
-    (one a prompt) fix the draws. `temperature` 0 takes the best action.
+    (one a prompt) fix the draws. `temperature` 0 takes the best action. P prompts -> the (N, T)
+    tensors of `Rollout`, N = P * group.
     """
     actor, device, N = agent.acting(), agent.device, len(prompts) * group
     uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
@@ -1109,7 +1114,7 @@ class Encoder:
         return self.processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def collate(self, examples: list[Example]) -> Batch:
-        """One right-padded batch."""
+        """B rows as one right-padded batch: ids (B, T), tokens (B, M) and so on, see `Batch`."""
         def padded(name, value=0):
             return nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples],
                                              batch_first=True, padding_value=value)

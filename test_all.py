@@ -2923,6 +2923,9 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path, capsys):
         with pytest.raises(UserError, match="--splits: task task has no prompts in ood"):
             tasks.main([str(folder), "--device", "cpu", "--splits", *splits])
     assert not (folder / "summary.json").exists()
+    tasks.main([str(folder), "--device", "cpu", "--max-new-tokens", "2", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / folder.name / "summary.json").read_text())
+    assert set(summary) == {"id greedy", "id sampled"}                  # none named: what there is
     for flags in (["--samples", "0"], ["--samples", "-1"], ["--eval-prompts", "0"],
                   ["--max-new-tokens", "-1"], ["--max-new-tokens", "0"], ["--temperature", "-1"],
                   ["--temperature", "nan"], ["--temperature", "inf"], ["--min-p", "1.1"],
@@ -4736,7 +4739,12 @@ def shape_config(shape, ids=lambda token: 0, vocab=None) -> Qwen2_5_VLConfig:
         tie_word_embeddings=shape != "7b")
 
 
-def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
+def structure_of(shape) -> dict:
+    """Codes and layers of the default runs at that shape."""
+    return kit.STRUCTURE["tiny" if shape == "tiny" else "full"]
+
+
+def benchmark_agent(shape, device, codes=None, vocab=None) -> Agent:
     """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
     _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
     config = shape_config(shape, tokenizer.convert_tokens_to_ids, vocab)
@@ -4746,8 +4754,9 @@ def benchmark_agent(shape, device, codes=128, vocab=None) -> Agent:
         base = Qwen2_5_VLForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation="sdpa").eval()
     processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
+    structure = structure_of(shape)
     agent = Agent(base, Encoder(tokenizer, processor, base), {
-        "codes": codes, "idm_layers": 4, "policy_layers": 8, "without": []})
+        **structure, "codes": codes or structure["codes"]})
     agent.encoder.stop_ids = torch.tensor([-1])
     return agent.make("projector", "idm", "codebook", "world", "policy").eval()
 
@@ -4819,8 +4828,8 @@ def utilisation(shape, device, seconds_rollout, seconds_idm, idm_tokens):
                          "share of a product's": flops / seconds_idm / peak}}
 
 
-def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=128, vocab=None,
-                 usual=True):
+def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=None,
+                 vocab=None, usual=True):
     """What one RL step of one group costs: name -> function, for rollouts, updates, prefills."""
     latent = benchmark_agent(shape, device, codes, vocab)
     token = copy.copy(latent)
@@ -4902,7 +4911,7 @@ def idm_step(shape, device):
     rows = [{**benchmark_row(agent, 300 - 7 * n, image=n < 4), "id": str(n)} for n in range(8)]
     batch = agent.encoder.collate([agent.encoder.encode(r) for r in rows]).to(device)
     agent.train_only("projector", "idm", "codebook", "world")
-    noise = torch.zeros(*batch.tokens.shape, 128, device=device)
+    noise = torch.zeros(*batch.tokens.shape, agent.structure["codes"], device=device)
 
     def step():
         with torch.no_grad():
@@ -4953,11 +4962,13 @@ def benchmark(shape="medium", device="cpu", part=None):
         env=ENV, capture_output=True, text=True, check=True).stdout) / 1e9
     rounds = 3 if device == "cpu" else 9
     parts, n = rl_functions(shape, device)
+    structure = structure_of(shape)
     fields = ("width", "layers", "heads", "kv heads", "MLP", "vocabulary", "vision layers",
               "vision width")
     print(f"{shape} on {device}: {dict(zip(fields, SHAPES[shape]))}")
     print(f"one group: {G} answers of {NEW} tokens, prompt of {n} tokens, {IMAGE_TOKENS} of them "
-          "image; 8 policy layers, 128 codes; medians, interleaved\n")
+          f"image; {structure['policy_layers']} policy layers, {structure['codes']} codes; "
+          "medians, interleaved\n")
     medians = {name: timed(functions, rounds, device) for name, functions in parts.items()}
     medians["rollout + update"] = {k: medians["rollout"][k] + medians["update"][k]
                                    for k in medians["rollout"]}
@@ -5235,8 +5246,8 @@ def rollout_checks(agent: Agent, prompts, new) -> dict[str, dict]:
 
 
 def check(model, device, judge, options) -> bool:
-    """Print what holds on a checkpoint: invariants of the rollout, one step of every stage with its
-    peak memory beside the plan's, one judge call; whether all does."""
+    """Print what holds on a checkpoint: invariants of the rollout, two steps of every stage with
+    its peak memory beside the plan's, one judge call; whether all does."""
     if os.path.isdir(model):
         model = os.path.abspath(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -5344,7 +5355,7 @@ if __name__ == "__main__":
     what.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES)
     what.add_argument("--memory", choices=SHAPES)
     what.add_argument("--check", metavar="FOLDER_OR_ID", help="of a Qwen2.5-VL: positions, "
-                      "rollouts, one step of every stage, memory beside the plan")
+                      "rollouts, two steps of every stage, memory beside the plan")
     parser.add_argument("--judge-url", help="check: one call of this judge")
     parser.add_argument("--judge-model", help="check: its name there")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),

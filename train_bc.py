@@ -71,7 +71,8 @@ def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Kinds bc and clone. A hit is the IDM's noise-free argmax code as the policy's argmax."""
+    """Kinds bc and clone, B rows -> (K,) each. A hit is the IDM's noise-free argmax code as the
+    policy's argmax."""
     where, _ = batch.labelled()
     states = agent.states(batch)
     with torch.no_grad():
@@ -81,8 +82,8 @@ def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Kind release: the gradient passes through frozen merge and projector into the states. A hit
-    is a token of probability above 1/2, here and in `token_losses`."""
+    """Kind release, B rows -> (K,) each: the gradient passes through frozen merge and projector
+    into the states. A hit is a token of probability above 1/2, here and in `token_losses`."""
     where, targets = batch.labelled()
     states = agent.project(agent.embeddings(batch), batch.has_image)
     with torch.no_grad():
@@ -93,7 +94,8 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Kinds token and lm: the language model's own cross-entropy under the masked vocabulary."""
+    """Kinds token and lm, B rows -> (K,) each: the language model's own cross-entropy under the
+    masked vocabulary."""
     where, targets = batch.labelled()
     with torch.no_grad():
         x = agent.trunk(agent.embed(batch), batch.positions)

@@ -227,7 +227,7 @@ def cell_words(row: dict, tokenizer) -> Tensor:
 
 
 def language_loss(agent: Agent, batch: Batch) -> Tensor:
-    """Summed cross-entropy of every text token after a text token."""
+    """Cross-entropy of every text token after a text token, B rows -> its sum, ()."""
     (where, targets), e = batch.labelled(), agent.embeddings(batch)
     return -token_logprobs(agent.backbone.lm_head, e[:, :-1][where], targets).sum()
 

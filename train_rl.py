@@ -50,7 +50,7 @@ class Algorithm:
 ALGORITHMS = {
     "grpo": Algorithm("group", (0.2, 0.2), "sequence", beta=0.01),                  # 2402.03300
     "dr_grpo": Algorithm("none", (0.2, 0.2), "length"),                             # 2503.20783
-    "dapo": Algorithm("group", (0.2, 0.28), "tokens",                               # 2503.14476
+    "dapo": Algorithm("group", (0.2, 0.28), "tokens",      # GRPO's advantage       # 2503.14476
                       extras=("dynamic-sampling", "overlong")),
     "bnpo": Algorithm("beta", (0.2, 0.28), "sum"),                                  # 2506.02864
     "grpo_released": Algorithm("group", (0.2, 0.2), "sequence", beta=0.01),
@@ -160,7 +160,7 @@ def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
 
 
 def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Rewards mapped affinely from the task's declared bounds to [0, 1]."""
+    """Rewards, any shape, mapped affinely from the task's declared bounds to [0, 1]."""
     low, high = bounds
     return ((rewards - low) / (high - low)).clamp(0.0, 1.0)
 
@@ -342,7 +342,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
            args, task) -> dict[str, float]:
     """Inner epochs x minibatches of optimiser steps on the kept groups; global figures.
 
-    Denominators are counted over all ranks once per optimiser step, before any backward.
+    `parts` and `groups` are those of `play`; K below are a part's loss tokens. Denominators are
+    counted over all ranks once per optimiser step, before any backward.
     """
     bias = agent.token_bias if agent.space == "token" else None
 

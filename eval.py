@@ -1147,15 +1147,20 @@ def groups_of(row: dict) -> set[str]:
     return {str(name) for name in (row.get("persona"), row.get("group"), kind) if name}
 
 
-def gains_by_group(task: Task, before: list[dict], after: list[dict],
-                   rows: dict[str, dict]) -> dict[str, dict]:
-    """Reward before and after for each of `groups_of`."""
+def rewards_by_prompt(task: Task, predictions: list[dict]) -> dict[str, dict[str, float]]:
+    """"split mode" -> prompt's id -> reward, the mean over its answers."""
+    return {key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
+            for key, part in by_split_and_mode(predictions).items()}
+
+
+def rewards_by_group(rewards: dict[str, dict[str, float]], rows: dict[str, dict]) -> dict:
+    """`rewards_by_prompt` of a run as "split mode, group" -> {"reward"} for each of `groups_of`."""
     parts = defaultdict(list)
-    for pair in zip(before, after, strict=True):
-        for group in groups_of(rows[pair[0]["id"]]):
-            parts[group].append(nan_mean(rewards_of(task, pair), 1))
-    return {group: {**dict(zip(("before", "after"), nan_mean(pairs, 0).tolist())),
-                    "prompts": len(pairs)} for group, pairs in sorted(parts.items())}
+    for key, own in rewards.items():
+        for row_id, reward in own.items():
+            for group in groups_of(rows[row_id]):
+                parts[f"{key}, {group}"].append(reward)
+    return {group: {"reward": float(nan_mean(part))} for group, part in sorted(parts.items())}
 
 
 STYLE = """:root { color-scheme: light dark }
@@ -1276,17 +1281,18 @@ def page(task: Task, title: str, entries: dict[str, dict], tables: dict | None =
     parts = [f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
              f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}"
              "</h1>", *(html_table(*table) for table in (tables or {}).items())]
-    gains, by_group = {}, []
-    for name, entry in others:
-        gains[name] = {
-            key: f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for key, row in
-            gain_table(task, base["predictions"], entry["predictions"]).items()}
-        sides = ([p for p in one["predictions"] if p["mode"] == "greedy"] for one in (base, entry))
-        by_group.append(html_table(name, gains_by_group(task, *sides, rows)))
+    gains = {name: {
+        key: f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for key, row in
+        gain_table(task, base["predictions"], entry["predictions"]).items()}
+        for name, entry in others}
     if gains:
         parts.append(html_table(f"gain over {first}, 95 % over prompts", gains))
-        parts.append(f"<details><summary>greedy reward, {html.escape(first)} and others, by group"
-                     f"</summary>{''.join(by_group)}</details>")
+        grouped = {name: rewards_by_group(rewards_by_prompt(task, entry["predictions"]), rows)
+                   for name, entry in entries.items()}
+        parts.append("<details><summary>greedy reward of each persona, kind of question and group"
+                     "</summary>" + html_table("", {
+                         group: {name: own[group]["reward"] for name, own in grouped.items()}
+                         for group in grouped[first] if " greedy, " in group}) + "</details>")
     parts.append(f"<details{' open' * (len(entries) < 4)}><summary>all figures</summary>"
                  f"{html_table('reward', without_dimensions(task, summaries))}</details>")
     parts += [svg_lines(curve, {name: [(row["step"], row[curve]) for row in entry.get("log", ())
@@ -1583,9 +1589,7 @@ def main(argv=None):
                 table[f"{split} greedy"] |= reach(agent, rows, args.tokens_at_once)
         say(format_table(folder.name, without_dimensions(task, table)))
         summaries[folder] = table
-        rewards[folder] = {
-            key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
-            for key, part in by_split_and_mode(predictions).items()}
+        rewards[folder] = rewards_by_prompt(task, predictions)
         rows_of |= {row["id"]: row for rows in splits.values() for row in rows}
         name = os.path.relpath(folder, above)       # tells runs of several roots apart
         if args.report:
@@ -1654,7 +1658,7 @@ def comparison(summaries: dict[Path, dict], rewards: dict[Path, dict], rows: dic
         tables[f"{figure}, {means}"] = compare(summaries, figure)
         tables[f"{figure}, {differences}"] = gains_over_first(summaries, figure)
     if by_group:
-        grouped = rewards_by_group(rewards, rows)
+        grouped = {folder: rewards_by_group(own, rows) for folder, own in rewards.items()}
         for title, over_seeds in ((means, compare), (differences, gains_over_first)):
             table = over_seeds(grouped, "reward")
             tables[f"reward by group, {title}"] = {     # a line for each group, a column for runs
@@ -1805,21 +1809,6 @@ def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict
                     after[key][figure] - before[key][figure] for before, after in pairs]))
                 for key in common}}
     return rows
-
-
-def rewards_by_group(rewards: dict[Path, dict], rows: dict[str, dict]) -> dict[Path, dict]:
-    """folder -> "split mode" -> prompt's id -> reward, as folder -> "split mode, group" ->
-    {"reward"} for each of `groups_of`: what `compare` and `gains_over_first` take."""
-    summaries = {}
-    for folder, keys in rewards.items():
-        parts = defaultdict(list)
-        for key, own in keys.items():
-            for row_id, reward in own.items():
-                for group in groups_of(rows[row_id]):
-                    parts[f"{key}, {group}"].append(reward)
-        summaries[folder] = {group: {"reward": float(nan_mean(part))}
-                             for group, part in sorted(parts.items())}
-    return summaries
 
 
 PRIMARY = ("grpo", "dapo")      # the algorithms whose rows are corrected as one family

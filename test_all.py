@@ -2067,17 +2067,24 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
 
 def test_rewards_by_group_are_means_over_its_prompts():
     """Fails if splits or modes are mixed, or a failed judgement counts as 0."""
+    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
+    predictions = [{"id": row_id, "split": split, "mode": "greedy", "replies": [
+        None if score is None else f"d: [Scores]: ({score}, 10)" for score in scores]}
+        for split, row_id, scores in (
+            ("id", "1", (6, 4)), ("id", "2", (2.5, None)), ("id", "3", (10, 10)),
+            ("id", "4", (0, 0)), ("ood", "1", (None, None)), ("ood", "3", (8, 7)))]
+    rewards = tasks.rewards_by_prompt(task, predictions)
+    assert rewards == {"id greedy": {"1": 0.5, "2": 0.25, "3": 1.0, "4": 0.0},
+                       "ood greedy": {"1": pytest.approx(math.nan, nan_ok=True), "3": 0.75}}
     rows = {"1": {"persona": "Zed", "question": ("count", None)}, "2": {"persona": "Zed"},
             "3": {"persona": "Orla", "question": ["count", None], "group": 7},
             "4": {"question": "of the user's own"}}
-    rewards = {Path("a"): {"id greedy": {"1": 0.5, "2": 0.25, "3": 1.0, "4": 0.0},
-                           "ood greedy": {"1": math.nan, "3": 0.75}}}
-    assert tasks.rewards_by_group(rewards, rows) == {Path("a"): {
+    assert tasks.rewards_by_group(rewards, rows) == {
         name: {"reward": reward} for name, reward in (
             ("id greedy, 7", 1.0), ("id greedy, Orla", 1.0), ("id greedy, Zed", 0.375),
             ("id greedy, count", 0.75), ("ood greedy, 7", 0.75), ("ood greedy, Orla", 0.75),
             ("ood greedy, Zed", pytest.approx(math.nan, nan_ok=True)),
-            ("ood greedy, count", 0.75))}}
+            ("ood greedy, count", 0.75))}
 
 
 def test_a_comparison_by_group_has_a_line_for_each_group(tmp_path):
@@ -3019,19 +3026,6 @@ def test_the_atlas_by_hand():
     assert tasks.atlas([{"id": "s", "tokens": []}], rows)["codes"] == {}
 
 
-def test_gains_by_group_by_hand():
-    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
-    rows = {"a": {"persona": "Zed", "question": ("all", None)},
-            "b": {"persona": "Zed", "group": "g"}}
-    def of(*scores):
-        return [{"id": name, "replies": [f"d: [Scores]: ({s}, 10)" for s in some]}
-                for name, some in zip("ab", scores)]
-    assert tasks.gains_by_group(task, of((2, 4), (6, 6)), of((4, 8), (9, 7)), rows) == {
-        "Zed": {"before": pytest.approx(0.45), "after": pytest.approx(0.7), "prompts": 2},
-        "all": {"before": pytest.approx(0.3), "after": pytest.approx(0.6), "prompts": 1},
-        "g": {"before": pytest.approx(0.6), "after": pytest.approx(0.8), "prompts": 1}}
-
-
 def test_a_chart_by_hand():
     svg = tasks.svg_lines("<title>", {"a&b": [(0, 1.0), (10, 3.0), (5, math.nan)], "nothing": []})
     assert 'points="45.0,140.0 305.0,26.0"' in svg and "nothing" not in svg
@@ -3678,25 +3672,22 @@ def test_update_gradient_equals_the_papers_formula_written_out(algo):
         close(got[n], g / max(1.0, norm), 2e-4)     # clipped to norm 1
 
 
-def test_update_steps_once_for_each_minibatch_and_inner_epoch(monkeypatch):
+def test_update_steps_once_for_each_inner_epoch():
+    """At a learning rate of 0 each pass has the first one's gradient."""
     r, rewards = roll()[1], torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.3, 0.2]])
-    monkeypatch.setattr(train_rl, "MINIBATCHES", 3)
-    steps, _, _ = update(r, rewards, "grpo", "--inner-epochs", "2")
-    assert len(steps) == 6
-    monkeypatch.setattr(train_rl, "MINIBATCHES", 1)
-    for place, step in enumerate(steps):            # of one prompt each, as if it were alone
-        (want,), *_ = update(r, rewards, "grpo", drop={0, 1, 2} - {place % 3})
+    (want,), *_ = update(r, rewards, "grpo")
+    steps, *_ = update(r, rewards, "grpo", "--inner-epochs", "3")
+    assert len(steps) == 3
+    for step in steps:
         for n, g in step.items():
             close(g, want[n], 1e-4)
 
 
 @pytest.mark.parametrize("space,dtype", [
     ("latent", torch.float32), ("token", torch.float32), ("latent", torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("minibatches", [1, 3])
-def test_the_first_ratio_of_every_token_is_exactly_one(monkeypatch, space, dtype, minibatches):
+def test_the_first_ratio_of_every_token_is_exactly_one(space, dtype):
     """A clip range of no width counts each token whose ratio is not 1, be it by rounding. Fails if
     the rollout's own log-probs are the old ones."""
-    monkeypatch.setattr(train_rl, "MINIBATCHES", minibatches)
     agent = copy.deepcopy(tiny_agent(space))
     agent.backbone.to(dtype)
     agent.train_only()
@@ -3710,9 +3701,7 @@ def test_the_first_ratio_of_every_token_is_exactly_one(monkeypatch, space, dtype
     assert figures("--inner-epochs", "3")["clip_fraction"] == 0         # nothing moves the policy
     assert figures()["ratio_error"] > 0             # the rollout's are not the same to the bit
     moved = figures("--inner-epochs", "2", lr=0.3)["clip_fraction"]     # some in the second pass
-    assert 0.1 < moved < 0.6 + 0.3 * (minibatches > 1), moved
-    if minibatches > 1:                             # fails if each has the old ones of its own
-        assert figures(lr=0.3)["clip_fraction"] > 0
+    assert 0.1 < moved < 0.6, moved
 
 
 @pytest.mark.parametrize("dtype,low,high", [(torch.float32, 0.8e-4, 1.2e-4),
@@ -3836,7 +3825,8 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     assert len({tuple(group["texts"]) for group in groups.values()}) == len(groups)
     again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, 6)[1]
     assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
-    batches = train_rl.training_batches(parts, groups, kept, args, task.bounds)
+    batches = train_rl.training_batches(parts, {p: groups[p] for p in kept}, args,
+                                        task.bounds) if kept else []
     assert torch.equal(torch.cat([A for _, _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
         [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
         or [torch.zeros(0)]))

@@ -64,7 +64,6 @@ DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
             "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
 # Of each stage of the default run on two CPU cores, for `plan`.
 MINUTES = {"base": 3, "projector": 0.5, "idm": 1.7, "bc": 1, "sft": 0.3, "rl": 1}
-MINIBATCHES = 1                     # optimiser steps a pass over the rollouts
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
 WARMUP = 5                          # steps
@@ -323,13 +322,13 @@ def varies(rewards: Tensor) -> bool:
 
 
 def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
-                     chosen: list[int], args, bounds) -> list[tuple]:
-    """(rollout, which of its prompts, advantages (N,), loss mask (N, T)) of the chosen places on
-    this rank, in whole groups, so that a prompt is one pass of the policy for all its answers."""
+                     args, bounds) -> list[tuple]:
+    """(rollout, which of its prompts, advantages (N,), loss mask (N, T)) of those of `groups` that
+    lie on this rank, whole: a prompt is one pass of the policy for all its answers."""
     batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
                                       for group in groups.values()])
     for r, places in parts:
-        if some := [i for i, place in enumerate(places) if place in chosen]:
+        if some := [i for i, place in enumerate(places) if place in groups]:
             rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
             A = advantages(rewards, args.scale, bounds, all_p[~all_p.isnan()])
             judged = ~rewards.isnan().to(r.mask.device)                              # (P, G)
@@ -340,10 +339,10 @@ def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, d
 
 def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
            args, task) -> dict[str, float]:
-    """Inner epochs x minibatches of optimiser steps on the kept groups; global figures.
+    """An optimiser step on the kept groups for each inner epoch; global figures.
 
     `parts` and `groups` are those of `play`; K below are a part's loss tokens. Denominators are
-    counted over all ranks once per optimiser step, before any backward.
+    counted over all ranks before any backward.
     """
     bias = agent.token_bias if agent.space == "token" else None
 
@@ -357,24 +356,19 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
                                      reference, ref_h)
 
     totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
-    kept, norms, worst = list(groups), [], 0.0
-    # Neighbouring places lie on different ranks (`collect`), so each has a share of a minibatch.
-    minibatches = [kept[len(kept) * k // MINIBATCHES:len(kept) * (k + 1) // MINIBATCHES]
-                   for k in range(MINIBATCHES)]
-    minibatches = [(places, training_batches(parts, groups, places, args, task.bounds))
-                   for places in minibatches]
-    several = args.inner_epochs * MINIBATCHES > 1
+    norms, worst = [], 0.0
+    batches = training_batches(parts, groups, args, task.bounds)
+    own_tokens = sum(int(mask.sum()) for *_, mask in batches)
+    n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
+                 "tokens": own_tokens})
+    # Without a token there is no step: AdamW's momentum alone would move the policy.
+    epochs = args.inner_epochs if n["tokens"] else 0
+    if args.aggregate == "local":
+        n["tokens"] = max(1, own_tokens) * world_size()
     with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
         old = {id(mask): statistics(r.select(some), mask)[0]
-               for _, batches in minibatches for r, some, _, mask in batches if several}
-    for places, batches in minibatches * args.inner_epochs:
-        own_tokens = sum(int(mask.sum()) for *_, mask in batches)
-        n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
-                     "tokens": own_tokens})
-        if not n["tokens"]:  # no step: AdamW's momentum alone would move the policy
-            continue
-        if args.aggregate == "local":
-            n["tokens"] = max(1, own_tokens) * world_size()
+               for r, some, _, mask in batches if epochs > 1}
+    for _ in range(epochs):
         for r, some, A, mask in batches:
             r = r.select(some)                          # a copy of its states, for this pass alone
             logps, entropy, ref_logps, exact = statistics(r, mask, reference)
@@ -396,7 +390,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
             totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
         if not norms:
             check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
-        row_ids = [groups[place]["id"] for place in places]
+        row_ids = [group["id"] for group in groups.values()]
         norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
     tokens = max(1.0, totals["tokens"])

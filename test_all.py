@@ -3203,6 +3203,27 @@ def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeyp
 # ---- README.md -------------------------------------------------------------------------------
 
 
+def test_readme_names_functions_and_flags_that_exist():
+    text, scripts = (HERE / "README.md").read_text(encoding="utf-8"), {
+        "model.py": kit, "train_projector.py": stage1, "train_idm.py": train_idm,
+        "train_bc.py": train_bc, "train_rl.py": train_rl, "eval.py": tasks}
+    table = text.split("## Which function")[1].split("Imports go one way")[0]
+    cells = [line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    for cell in cells:
+        module = None
+        for name in re.findall(r"`([^`]+)`", cell):
+            if name in scripts:
+                module = scripts[name]
+            else:
+                functools.reduce(getattr, name.split("."), module)
+    commands = re.findall(r"(?:python|torchrun).*? (\w+\.py)(.*)", text.replace("\\\n", " "))
+    assert len(cells) > 20 and len(commands) > 40
+    for script, rest in commands:
+        if script in scripts:
+            known = scripts[script].arguments()._option_string_actions
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", rest.split("`")[0])) <= set(known), rest
+
+
 def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("cc12m/00/1.jpg", "n24news/images/n1.jpg", "llava/images/coco/l1.jpg"):

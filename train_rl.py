@@ -63,7 +63,7 @@ DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
                        "full": FULL_SCALE},
             "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
 # Of each stage of the default run on two CPU cores, for `plan`.
-MINUTES = {"base": 3, "projector": 0.5, "idm": 1.7, "bc": 1, "sft": 0.3, "rl": 1}
+MINUTES = {"base": 2.9, "projector": 0.5, "idm": 1.4, "bc": 0.9, "sft": 0.2, "rl": 0.8}
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
 WARMUP = 5                          # steps

@@ -2093,10 +2093,13 @@ def test_a_comparison_by_group_has_a_line_for_each_group(tmp_path):
     for seed in range(2):
         for stage, gain in (("sft-mini-latent", 0.0), (f"rl-mini-dapo-latent-s{seed}", 0.25)):
             (folder,) = scored_run(tmp_path, f"{seed}/tiny/{stage}", seed, 0)
-            summaries[folder] = {"id greedy": {"reward": 0.5, "min_p": 0.0}}
+            summaries[folder] = {"id greedy": {"reward": 0.5, "word": gain, "min_p": 0.0}}
             rewards[folder] = {"id greedy": {"1": 0.5 + gain, "2": 0.25 + 2 * gain + seed / 4}}
     rows = {"1": {"persona": "Zed"}, "2": {"persona": "Orla"}}
-    tables = tasks.comparison(summaries, rewards, rows, ["reward"], True)
+    tables = tasks.comparison(summaries, rewards, rows, ["reward", "word"], True)
+    (word,) = (table for title, table in tables.items() if title.startswith("word, difference"))
+    assert word == {"tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": {
+        "pairs": 2, "id greedy": "+0.250 ± 0.000"}}
     means, differences = (table for title, table in tables.items() if "by group" in title)
     assert means["id greedy, Orla"] == {"tiny/sft-mini-latent": "0.375 (0.177)",
                                         "tiny/rl-mini-dapo-latent": "0.875 (0.177)"}
@@ -2930,7 +2933,8 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path, capsys):
         with pytest.raises(UserError, match="--splits: task task has no prompts in ood"):
             tasks.main([str(folder), "--device", "cpu", "--splits", *splits])
     assert not (folder / "summary.json").exists()
-    tasks.main([str(folder), "--device", "cpu", "--max-new-tokens", "2", "--out", str(tmp_path)])
+    tasks.main([str(folder), "--device", "cpu", "--max-new-tokens", "2", "--samples", "1", "--out",
+                str(tmp_path)])                     # one answer has no diversity: no error
     summary = json.loads((tmp_path / folder.name / "summary.json").read_text())
     assert set(summary) == {"id greedy", "id sampled"}                  # none named: what there is
     for flags in (["--samples", "0"], ["--samples", "-1"], ["--eval-prompts", "0"],
@@ -3088,6 +3092,8 @@ def test_the_page_is_whole_escaped_and_self_contained(prompts, runs):
     assert tags.seen["img"] == sum(len(r["images"]) for r in shown) and len(page) < 4 * 2 ** 20
     assert any(NASTY in data for data in tags.words)
     assert bool(prompts) == ("the token explains" in page)
+    groups = {data for data in tags.words if data.endswith(f", {NASTY}")}      # greedy ones alone
+    assert groups == ({f"id greedy, {NASTY}"} if prompts and runs > 1 else set())
 
 
 def test_a_picture_in_the_page_is_small():

@@ -633,28 +633,15 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return actions, logps.gather(1, actions[:, None])[:, 0]
 
 
-@dataclass
-class Prefix:
-    """P prompts after one pass over each: what decoding goes on from.
+def prefill(actor: Agent, batch: Batch) -> tuple[tuple[KVCache, KVCache], dict, dict]:
+    """The frozen trunk and the policy over each of P prompts, once for all its answers.
 
-    The policy's inputs are states at plain text positions, or in token space the input of its
-    first layer at the backbone's own positions.
+    The policy's inputs are states at plain text positions, or in token space the input of its first
+    layer at the backbone's own positions. A batch with ids (P, T) -> the caches of the trunk (T
+    tokens) and of the policy (L inputs); what decoding goes on from, "s" (P, d) the policy's last
+    input, "h" (P, d) what its head reads there, "has_image" (P,), "position" and "policy_position"
+    (P,) of the first answer token in either; and the prompt as a `Rollout` keeps it.
     """
-    cache: KVCache              # of the frozen layers, over T tokens
-    policy_cache: KVCache       # of the policy, over L inputs
-    prompt: Tensor              # (P, L, d) the policy's inputs
-    prompt_positions: Tensor    # (3, P, L)
-    prompt_mask: Tensor         # (P, L) bool: real, and before each prompt's last input
-    last: Tensor                # (P, d) that input
-    hidden: Tensor              # (P, d) of the policy there, normed
-    next_position: Tensor       # (P,) of the first answer token in the backbone
-    policy_next: Tensor         # (P,) and in the policy
-    has_image: Tensor           # (P,) bool
-
-
-def prefill(actor: Agent, batch: Batch) -> Prefix:
-    """The frozen trunk and the policy over each of P prompts, once for all its answers: a batch
-    with ids (P, T) -> the tensors of `Prefix`."""
     prompts = torch.arange(len(batch.ids), device=batch.ids.device)
     real = text_positions(batch.ids) < batch.lengths[:, None]
     cache = KVCache(real)
@@ -665,32 +652,30 @@ def prefill(actor: Agent, batch: Batch) -> Prefix:
         inputs = actor.project(actor.embeddings(batch, cache), batch.has_image)
         positions, policy_real = text_positions(inputs).expand(3, -1, -1), batch.real
     last, policy_cache = policy_real.sum(1) - 1, KVCache(policy_real)
-    hidden = actor.policy.hidden(inputs, positions, policy_cache)
+    h = actor.policy.hidden(inputs, positions, policy_cache)
     # A prompt ends in text, whose three positions are one.
-    return Prefix(cache, policy_cache, inputs, positions, text_positions(inputs) < last[:, None],
-                  inputs[prompts, last], hidden[prompts, last],
-                  batch.positions[0, prompts, batch.lengths - 1] + 1,
-                  positions[0, prompts, last] + 1, batch.has_image)
+    rows = {"s": inputs[prompts, last], "h": h[prompts, last], "has_image": batch.has_image,
+            "position": batch.positions[0, prompts, batch.lengths - 1] + 1,
+            "policy_position": positions[0, prompts, last] + 1}
+    return (cache, policy_cache), rows, {"prompt": inputs, "prompt_positions": positions,
+                                         "prompt_mask": text_positions(inputs) < last[:, None]}
 
 
-def decode(actor: Agent, prefix: Prefix, group: int, uniform: Tensor, temperature: float,
-           check_every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor], group: int,
+           uniform: Tensor, temperature: float, check_every: int) -> tuple[Tensor, ...]:
     """Answer all prompts, `group` times each, a token at a time: a_t ~ pi(. | s_1..s_t), then
     x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
 
-    uniform (N, T) in [0, 1) fixes the draws. Finished answers leave the batch every `check_every`
+    caches and rows are those of `prefill`; uniform (N, T) in [0, 1) fixes the draws. Finished answers leave the batch every `check_every`
     tokens, which is also the loop's only host sync. Returns tokens (N, T), actions (N, T), their
     log-probs (N, T) and the policy's inputs (N, T, d).
     """
-    def each(x):                                    # a prompt's tensor for each of its answers
-        return x.repeat_interleave(group, 0)
-
     (N, T), device = uniform.shape, uniform.device
     embed_tokens = actor.backbone.model.language_model.embed_tokens
-    cache, policy_cache = prefix.cache.expand(group, T), prefix.policy_cache.expand(group, T)
-    rows = {"index": torch.arange(N, device=device), "position": each(prefix.next_position),
-            "policy_position": each(prefix.policy_next), "has_image": each(prefix.has_image)}
-    h, s = each(prefix.hidden), each(prefix.last)                                   # (N, d) each
+    cache, policy_cache = (prompts.expand(group, T) for prompts in caches)
+    rows = {name: x.repeat_interleave(group, 0) for name, x in rows.items()}
+    rows["index"] = torch.arange(N, device=device)
+    h, s = rows.pop("h"), rows.pop("s")                                             # (N, d) each
     tokens = torch.full((N, T), actor.encoder.pad, device=device)
     actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
     inputs = s.new_zeros(N, T, s.shape[-1])
@@ -772,9 +757,9 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     actor, device, N = agent.acting(), agent.device, len(prompts) * group
     uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
                                       .manual_seed(seed)) for seed in seeds or [0] * len(prompts)])
-    prefix = prefill(actor, actor.encoder.collate(prompts).to(device))
+    caches, rows, prompt = prefill(actor, actor.encoder.collate(prompts).to(device))
     tokens, actions, logps, inputs = decode(
-        actor, prefix, group, uniform.view(N, -1).to(device), temperature, check_every)
+        actor, caches, rows, group, uniform.view(N, -1).to(device), temperature, check_every)
 
     ends = torch.isin(tokens, actor.encoder.stop_ids.to(device))
     finished, place = ends.any(1), torch.arange(max_new_tokens, device=device)
@@ -783,10 +768,9 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
              for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
     # Positions of the policy's inputs: the last prompt token's, then the answer's own.
-    positions = (prefix.policy_next[:, None] - 1 + place[:n]).repeat_interleave(group, 0)
+    positions = (rows["policy_position"][:, None] - 1 + place[:n]).repeat_interleave(group, 0)
     return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], finished,
-                   inputs[:, :n], positions, prefix.prompt, prefix.prompt_positions,
-                   prefix.prompt_mask, group)
+                   inputs[:, :n], positions, **prompt, group=group)
 
 
 def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list[list[int]]:
@@ -1409,25 +1393,22 @@ def say(*words, sep: str = " "):
         print(*words, sep=sep, flush=True)
 
 
-def all_sum(figures: dict) -> dict:
-    """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
-    floats for what is scalar, tensors on the CPU for the rest."""
-    parts = {name: torch.as_tensor(value, dtype=torch.double).detach().cpu()
-             for name, value in figures.items()}
-    flat = torch.cat([part.reshape(-1) for part in parts.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-    sums = flat.split([part.numel() for part in parts.values()])
-    return {name: total.view(part.shape) if part.dim() else total.item()
-            for (name, part), total in zip(parts.items(), sums)}
-
-
 def gather(part: dict, group=None) -> dict:
     """The union of every rank's dict, on all ranks."""
     parts = [part] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(parts, part, group)
     return {k: v for p in parts for k, v in p.items()}
+
+
+def all_sum(figures: dict) -> dict:
+    """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
+    floats for what is scalar, tensors on the CPU for the rest."""
+    own = {name: torch.as_tensor(value, dtype=torch.double).detach().cpu()
+           for name, value in figures.items()}
+    parts = gather({rank(): own}).values()
+    sums = {name: sum(part[name] for part in parts) for name in own}
+    return {name: total if total.dim() else total.item() for name, total in sums.items()}
 
 
 def agreed(value):
@@ -1445,19 +1426,14 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> fl
 
 
 def reduce_gradients(params: list[nn.Parameter]):
-    """Sum gradients over ranks: of a small model at once, of a large one a tensor at a time, which
-    copies nothing. Every loss is already divided by its global denominator, so any split over ranks
-    and micro-batches gives the same sum; a rank without rows adds zeros."""
+    """Sum gradients over ranks, a tensor at a time. Every loss is already divided by its global
+    denominator, so any split over ranks and micro-batches gives the same sum; a rank without rows
+    adds zeros."""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if dist.is_initialized() and sum(p.numel() for p in params) > 2 ** 24:
-        for p in params:
-            dist.all_reduce(p.grad)
-    elif dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        for p, grad in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(grad.view_as(p))
+    if dist.is_initialized():
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
 
 
 def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
@@ -1734,12 +1710,10 @@ def trained(thing) -> dict:
 
 
 def git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
-    except OSError:                                 # git is not installed
-        return None
-    return done.stdout.strip() or None
+    """The commit of this code; None outside a repository or without git."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    status, said = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    return None if status else said
 
 
 LOGS = ("log.jsonl", "samples.jsonl")

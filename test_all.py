@@ -721,17 +721,15 @@ def one_of_two_ranks(rank, folder):
     """A process of a group: gradients are summed, figures in float64."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                          world_size=2)
-    for large in ((), (2 ** 24, 1)):                # at once, and a tensor at a time
-        params = [nn.Parameter(torch.zeros(shape))
-                  for shape in ((3, 4), (5,), large, (7,), (2, 3))]
-        for p in params[:-1]:                       # the last has a gradient on rank 0 alone
-            p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
-        if rank == 0:
-            params[-1].grad = torch.ones(2, 3)
-        kit.reduce_gradients(params)
-        for p in params[:-1]:
-            assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
-        assert torch.equal(params[-1].grad, torch.ones(2, 3))
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
+    for p in params[:-1]:                           # the last has a gradient on rank 0 alone
+        p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
+    if rank == 0:
+        params[-1].grad = torch.ones(2, 3)
+    kit.reduce_gradients(params)
+    for p in params[:-1]:
+        assert torch.equal(p.grad, 3 * torch.arange(float(p.numel())).view(p.shape))
+    assert torch.equal(params[-1].grad, torch.ones(2, 3))
     big = 2 ** 24 + 1                               # fails in fp32
     got = kit.all_sum({"n": big * rank, "x": torch.tensor(0.5), "t": torch.tensor([[rank, 2.0]])})
     assert (got["n"], got["x"], got["t"].tolist()) == (big, 1.0, [[1.0, 4.0]])
@@ -4886,9 +4884,9 @@ def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=No
 
     def prefill():
         with torch.no_grad():
-            prefix = kit.prefill(latent, latent.encoder.collate([prompt]).to(device))
-            prefix.cache.expand(group, new)
-            prefix.policy_cache.expand(group, new)
+            caches, *_ = kit.prefill(latent, latent.encoder.collate([prompt]).to(device))
+            for cache in caches:
+                cache.expand(group, new)
 
     full, reference = copy.deepcopy(latent.backbone), latent.backbone
     full.requires_grad_(True)

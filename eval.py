@@ -664,7 +664,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check --task-root") from None
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from None
 
 
 class Lacking(Exception):
@@ -1175,8 +1175,6 @@ img { width: 8rem; height: max-content }
 small { opacity: .7 }
 svg { max-width: 100% }
 summary { cursor: pointer }"""
-LINES = ("#4c78d8", "#e8903a", "#3f9d58", "#c9504f", "#8d62c0", "#7f7f7f")
-DASHES = ("none", "4", "2", "8 3")
 CURVES = ("reward_mean", "distinct_answers", "entropy", "kl", "length", "code_perplexity")
 
 
@@ -1194,12 +1192,10 @@ def svg_lines(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
                                 (left, 45, 158, "start"), (right, 305, 158, "end")):
         parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>')
     for n, (name, line) in enumerate(lines.items()):
-        colour = LINES[n % len(LINES)]
+        colour = f"hsl({220 + 137.5 * n:.0f} 60% 52%)"     # golden angle: no two alike
         places = [f"{45 + 260 * (x - left) / (right - left or 1):.1f},"
                   f"{140 - 114 * (y - low) / (high - low or 1):.1f}" for x, y in line]
-        dashes = DASHES[n // len(LINES) % len(DASHES)]
-        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" '
-                     f'stroke-dasharray="{dashes}"/>'
+        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"/>'
                      f'<text x="45" y="{176 + 15 * n}" fill="{colour}">{html.escape(name)}</text>')
         for place in places if len(places) < 12 else ():
             parts.append('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(
@@ -1623,14 +1619,9 @@ def main(argv=None):
 def load_run(folder: Path, args) -> tuple[Agent, argparse.Namespace]:
     """A finished run's agent, and its own flags with those given here in their places. `UserError`
     for what cannot be evaluated."""
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder}: no finished run there (no model.safetensors)")
     agent, config = Agent.from_run(folder, args.device, args.dtype), read_config(folder)
     if agent.policy is None:
         raise UserError(f"{folder}: has no policy; evaluate an sft-* or rl-* run")
-    if "task" not in config["identity"] and args.task is None:
-        raise UserError(f"{folder}: belongs to no task; evaluate an sft-* or rl-* run, or name a "
-                        "--task")
     if config["args"]["model"] == "tiny":
         torch.set_num_threads(1)                    # see train_rl.py
     agent.min_p = agent.min_p if args.min_p is None else args.min_p
@@ -1646,9 +1637,6 @@ def comparison(summaries: dict[Path, dict], rewards: dict[Path, dict], rows: dic
 
     summaries: folder -> "split mode" -> figures; rewards: folder -> "split mode" -> prompt's id ->
     reward; rows: prompt's id -> row."""
-    if len({line["min_p"] for table in summaries.values() for line in table.values()}) > 1:
-        say("note: these runs decode with different min_p, which alone changes rewards; --min-p "
-            "gives all the same")
     if len(summaries) < 2:
         return {}
     means = "mean over seeds (deviation)"
@@ -1740,10 +1728,7 @@ def reported(folders: list[Path]) -> dict[str, dict[str, dict]]:
     `by_seed`; `UserError` for a run without one."""
     tables = {}
     for name, group in by_seed(folders).items():
-        for folder in group.values():
-            if not (folder / "report.json").exists():
-                raise UserError(f"{folder}: no report.json there; name finished runs of stages")
-        reports = [json.loads((folder / "report.json").read_text()) for folder in group.values()]
+        reports = [read_json(folder / "report.json") for folder in group.values()]
         for title, table in reports[0].items():
             if title == "share of codes":
                 continue

@@ -416,8 +416,8 @@ class Agent(nn.Module):
             raise UserError(f"{folder}: was trained on another base model than --model "
                             f"{self.structure['base']}; redo it with --fresh or name its own base")
         if not path.exists() or file_hash(path) != config["sha256"]:
-            raise UserError(f"{path}: is not what its run finished with; restore it, or redo the "
-                            "run with --fresh")
+            raise UserError(f"{path}: is not what its run finished with; finish or restore it, or "
+                            "redo the run with --fresh")
         tensors = load_file(path, device=str(self.device))
         if not all(value.isfinite().all() for value in tensors.values()):
             raise UserError(f"{path}: holds weights that are not finite; redo the run (--fresh)")
@@ -1282,6 +1282,13 @@ def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
     batches = [batch for examples in rows.values()
                for batch in micro_batches(agent, examples, tokens_at_once)]
     return batches, [e.id for examples in rows.values() for e in examples]
+
+
+def token_counts(masks: dict[str, list[Tensor]]) -> dict[str, float]:
+    """How many positions these bool masks mark by name, over all micro-batches and ranks, at least
+    1: the denominators of losses."""
+    counts = all_sum({name: sum(int(mask.sum()) for mask in some) for name, some in masks.items()})
+    return {name: max(1.0, n) for name, n in counts.items()}
 
 
 def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[str, list]]:

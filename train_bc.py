@@ -29,7 +29,7 @@ import eval as tasks
 import train_idm
 from model import (Agent, Batch, Run, Stream, UserError, all_sum, corpora, cosine, fill,
                    folder_of, key_seed, launch, make_parser, micro_batches, next_batches,
-                   optimizer_step, predecessor, read_config, say, text_positions,
+                   optimizer_step, predecessor, read_config, say, text_positions, token_counts,
                    token_logprobs)
 from train_projector import ensure_base
 
@@ -220,7 +220,7 @@ def main(argv=None):
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
         batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
-        n = max(1.0, all_sum({"n": sum(int(b.predicts.sum()) for b in batches)})["n"])
+        n = token_counts({"n": [batch.predicts for batch in batches]})["n"]
         totals = {"ce": 0.0, "accuracy": 0.0}
         for batch in batches:
             with agent.autocast():

@@ -22,8 +22,8 @@ import eval as tasks
 import train_projector
 from model import (Agent, Batch, Run, UserError, all_sum, corpora, cosine, fill, folder_of,
                    key_seed, keyed_gumbel, launch, make_parser, micro_batches, next_batches,
-                   optimizer_step, predecessor, say, token_logprobs, within)
-from train_projector import ensure_base, projector_counts, projector_losses, projector_report
+                   optimizer_step, predecessor, say, token_counts, token_logprobs, within)
+from train_projector import ensure_base, projector_losses, projector_masks, projector_report
 
 import torch
 import torch.nn.functional as F
@@ -78,16 +78,15 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) ->
 def inverse_loss(ce: Tensor, neg_entropy: Tensor, paired: Tensor,
                  counts: dict[str, float]) -> Tensor:
     """L_inverse: CE on paired rows + CE on text-only rows, each a mean over its own tokens, with
-    the entropy term. ce, neg_entropy (K,), paired (K,) bool, counts of `inverse_counts`."""
-    n = torch.where(paired, counts["paired"], counts["text"])
+    the entropy term. ce, neg_entropy (K,), paired (K,) bool, counts of `inverse_masks`."""
+    n = torch.where(paired, counts["ce_paired"], counts["ce_text"])
     return ((ce + ENTROPY * neg_entropy) / n).sum()
 
 
-def inverse_counts(batches: list[Batch]) -> dict[str, float]:
-    """Global numbers of labelled positions on rows with and without image, at least 1."""
-    counts = all_sum({"paired": sum(int(b.predicts[b.has_image].sum()) for b in batches),
-                      "text": sum(int(b.predicts[~b.has_image].sum()) for b in batches)})
-    return {name: max(1.0, n) for name, n in counts.items()}
+def inverse_masks(batches: list[Batch]) -> dict[str, list[Tensor]]:
+    """Labelled positions of rows with and without image, (rows, M) bool a batch."""
+    return {"ce_paired": [batch.predicts[batch.has_image] for batch in batches],
+            "ce_text": [batch.predicts[~batch.has_image] for batch in batches]}
 
 
 @torch.no_grad()
@@ -162,8 +161,8 @@ def main(argv=None):
     for step in range(run.resume(state), args.steps):
         kinds = ("paired", "text") if step >= args.paired_steps else ("paired",)
         batches, row_ids = next_batches(agent, streams, kinds, args.tokens_at_once)
-        counts, latent_counts = projector_counts(batches), inverse_counts(batches)
-        totals = dict.fromkeys(("ce_paired", "ce_text", "entropy", "paired", "cycle"), 0.0)
+        counts = token_counts({**inverse_masks(batches), **projector_masks(batches)})
+        totals = dict.fromkeys((*counts, "entropy"), 0.0)
         codes_taken = torch.zeros(args.codes, dtype=torch.double)
         for batch in batches:
             with torch.no_grad():
@@ -173,7 +172,7 @@ def main(argv=None):
                                  args.seed, "idm", step).to(agent.device)
             ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
             paired = batch.has_image[:, None].expand_as(batch.predicts)[:, :-1][batch.labelled()[0]]
-            loss = inverse_loss(ce, neg_entropy, paired, latent_counts)
+            loss = inverse_loss(ce, neg_entropy, paired, counts)
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
                        "entropy": -neg_entropy.sum()}
             if parent:
@@ -187,11 +186,8 @@ def main(argv=None):
         norm = optimizer_step(run, optimizers, [lr] * len(optimizers), row_ids)
         totals = all_sum({**totals, "codes": codes_taken})
         usage.window.mul_(WINDOW).add_(totals["codes"])
-        run.log(step, {"ce_paired": totals["ce_paired"] / latent_counts["paired"],
-                       "ce_text": totals["ce_text"] / latent_counts["text"],
+        run.log(step, {**{name: totals[name] / n for name, n in counts.items()},
                        "entropy": totals["entropy"] / max(1.0, totals["codes"].sum().item()),
-                       "loss_paired": totals["paired"] / counts["paired"],
-                       "loss_cycle": totals["cycle"] / counts["cycle"],
                        **tasks.code_usage(usage.window), "lr": lr, "grad_norm": norm},
                 "ce_paired", "ce_text", "code_perplexity")
         run.save(step + 1, state)

@@ -26,7 +26,7 @@ from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
                    Qwen2VLImageProcessorPil, Run, Stream, UserError, agreed, all_sum, barrier,
                    corpora, cosine, device_of, fill, folder_of, key_seed, launch, make_parser,
                    micro_batches, model_root, next_batches, optimizer_step, rank, read_config, say,
-                   token_logprobs, within)
+                   token_counts, token_logprobs, within)
 
 import torch
 import torch.nn.functional as F
@@ -80,23 +80,23 @@ def cycle_loss(projector: Projector, e_t: Tensor) -> Tensor:
 
 
 def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict[str, Tensor]:
-    """{"paired": L_t2vt + L_vt2t, "cycle": L_cycle} of one batch, summed over tokens.
+    """{"loss_paired": L_t2vt + L_vt2t, "loss_cycle": L_cycle} of one batch, summed over the tokens
+    that `projector_masks` marks.
 
     e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
     """
-    seen, alone = batch.seen_image, batch.text_only & cycle
+    seen, alone = batch.seen_image, batch.text_only & cycle                   # (B, M) each
     with agent.autocast():
         with torch.no_grad():
             e_t = agent.text_embeddings(batch) if seen.any() else e
-        return {"paired": paired_loss(agent.projector, e[seen].float(), e_t[seen].float()),
-                "cycle": cycle_loss(agent.projector, e[alone].float())}
+        return {"loss_paired": paired_loss(agent.projector, e[seen].float(), e_t[seen].float()),
+                "loss_cycle": cycle_loss(agent.projector, e[alone].float())}
 
 
-def projector_counts(batches: list[Batch]) -> dict[str, float]:
-    """Global denominators of `projector_losses`, at least 1."""
-    counts = all_sum({"paired": sum(int(b.seen_image.sum()) for b in batches),
-                      "cycle": sum(int(b.text_only.sum()) for b in batches)})
-    return {name: max(1.0, n) for name, n in counts.items()}
+def projector_masks(batches: list[Batch]) -> dict[str, list[Tensor]]:
+    """Of each loss of `projector_losses`, the tokens it sums over: a mask (B, M) a batch."""
+    return {"loss_paired": [batch.seen_image for batch in batches],
+            "loss_cycle": [batch.text_only for batch in batches]}
 
 
 @torch.no_grad()
@@ -139,7 +139,8 @@ def main(argv=None):
         joint = step >= args.paired_steps and "cycle" not in args.without
         batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else
                                         ("paired",), args.tokens_at_once)
-        counts, totals = projector_counts(batches), {"paired": 0.0, "cycle": 0.0}
+        counts = token_counts(projector_masks(batches))
+        totals = dict.fromkeys(counts, 0.0)
         for batch in batches:
             with torch.no_grad():
                 e = agent.embeddings(batch)
@@ -148,9 +149,8 @@ def main(argv=None):
             totals = {name: totals[name] + losses[name].detach() for name in losses}
         lr = args.lr * cosine(step, args.steps, warmup=0.1)
         norm = optimizer_step(run, [optimizer], [lr], row_ids)
-        run.log(step, {**{f"loss_{name}": total / counts[name]
-                          for name, total in all_sum(totals).items()}, "lr": lr, "grad_norm": norm},
-                "loss_paired", "loss_cycle")
+        run.log(step, {**{name: total / counts[name] for name, total in all_sum(totals).items()},
+                       "lr": lr, "grad_norm": norm}, "loss_paired", "loss_cycle")
         run.save(step + 1, state)
     run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
     run.finish(**modules)

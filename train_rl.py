@@ -187,18 +187,13 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 
 
 def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: float,
-              clip_high: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) per token, all (K,). At ratio 1 its
-    gradient is the policy gradient -A grad log pi."""
+              clip_high: float) -> tuple[Tensor, Tensor]:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) per token, and where the clip removes its
+    gradient (the ratio has left on the advantage's side), all (K,). At ratio 1 the gradient is the
+    policy gradient -A grad log pi."""
     ratio = torch.exp(logps - old_logps)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantage, clipped * advantage)
-
-
-def is_clipped(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Tokens whose gradient the clip removes: the ratio has left on the advantage's side, (K,)."""
-    ratio = log_ratio.exp()
-    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+    free, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return -torch.minimum(free, clipped), clipped < free
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -373,7 +368,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
             r = r.select(some)                          # a copy of its states, for this pass alone
             logps, entropy, ref_logps, exact = statistics(r, mask, reference)
             answer, old_logps = mask.nonzero()[:, 0], old.get(id(mask), logps.detach())
-            loss = surrogate(logps, old_logps, A[answer], *args.clip)
+            loss, clipped = surrogate(logps, old_logps, A[answer], *args.clip)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 kl = exact if args.kl == "exact" else k3(logps, ref_logps)
@@ -383,7 +378,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
             loss = (loss * weights[answer]).sum()
             loss.backward()
             figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
-                       "clipped": is_clipped(logps - old_logps, A[answer], *args.clip)}
+                       "clipped": clipped}
             if not norms:                               # nothing has been updated yet
                 distance = (old_logps - r.logps[mask]).abs()
                 figures["distance"], worst = distance, max(worst, distance.max().item())

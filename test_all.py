@@ -3381,7 +3381,7 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
     agent, batch = trainable("projector", "policy", "world"), collated(ROWS[1:2])
     losses = stage1.projector_losses(agent, batch, agent.embeddings(batch).detach(), False)
     sum(losses.values()).backward()
-    assert losses == {"paired": 0, "cycle": 0}
+    assert losses == {"loss_paired": 0, "loss_cycle": 0}
     batch = agent.encoder.collate([agent.encoder.encode(ROWS[1], prompt=True, responses_only=True)])
     for kind, (_, trains, losses) in train_bc.KINDS.items():
         agent = agent.make_token_policy() if kind in ("token", "lm") else trainable(*trains)

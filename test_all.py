@@ -10,6 +10,7 @@ tests that need them are skipped where they are absent.
 
 import argparse
 import base64
+import contextlib
 import copy
 import csv
 import functools
@@ -50,7 +51,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -4000,6 +4001,172 @@ def test_bug_rows_with_which_no_judgement_can_succeed_are_refused(tmp_path, more
 def test_bug_rows_with_an_id_of_null_have_ids_of_their_own(tmp_path):
     rows = [{**r, "id": None} for r in text_rows(2)]
     assert len({r["id"] for r, _ in kit.read_rows(write(tmp_path / "t.jsonl", rows))}) == 2
+
+
+# ---- A second device: nothing mixes with the host's tensors -----------------------------------
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on a simulated accelerator, named "meta" for want of one: it computes on the CPU, in
+    `inner`, but refuses to be mixed with the host's tensors as CUDA does, and counts what makes the
+    host wait for it."""
+
+    waits = Counter()
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device="meta")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return on_either_device(op, args, kwargs or {})
+
+    def tolist(self):
+        self.waits["tolist"] += 1
+        return self.inner.tolist()
+
+    def __getitem__(self, index):           # torch makes the tensor of a list on the device, empty
+        def there(i):
+            return Elsewhere(ORIGINAL["tensor"](i)) if isinstance(i, list) else i
+        index = tuple(map(there, index)) if isinstance(index, tuple) else there(index)
+        return super().__getitem__(index)
+
+
+ORIGINAL = {"tensor": torch.tensor, "as_tensor": torch.as_tensor}
+
+
+def on_either_device(op, args, kwargs):
+    """An operation of torch where its tensors lie, or where `device` says."""
+    name, leaves = op._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    there = [x for x in leaves if isinstance(x, Elsewhere)]
+    here = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Elsewhere)]
+    device = kwargs.get("device")
+    moves = name in ("copy_", "_to_copy")
+    # CUDA takes the host's scalars, and its indices into a tensor of its own.
+    indices = name in ("index", "index_put", "index_put_") and isinstance(args[0], Elsewhere)
+    if there and not moves and not indices and any(x.dim() for x in here):
+        raise RuntimeError(f"{op}: {[x.shape for x in there]} there, {[x.shape for x in here]} here")
+    masks = any(x.dtype == torch.bool for x in there if name == "index" and x is not args[0])
+    if name in ("nonzero", "masked_select", "_local_scalar_dense") or masks or (
+            there and device is not None and torch.device(device).type == "cpu"):
+        Elsewhere.waits[name] += bool(there)
+    to_there = isinstance(args[0], Elsewhere) if name == "copy_" else bool(there)
+    if device is not None:
+        to_there, kwargs = torch.device(device).type == "meta", {**kwargs, "device": "cpu"}
+    known = {id(x.inner): x for x in there}         # what an operation in place gives back
+    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
+
+    def placed(x):
+        return known[id(x)] if id(x) in known else Elsewhere(x)
+    return tree_map(lambda x: placed(x) if to_there and isinstance(x, torch.Tensor) else x,
+                    op(*args, **kwargs))
+
+
+class BothDevices(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return on_either_device(op, args, kwargs or {})
+
+
+def plain_attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **_):
+    """torch's chooses a kernel by the device's name."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return scores.softmax(-1) @ value
+
+
+@pytest.fixture
+def both_devices(monkeypatch):
+    for name, original in ORIGINAL.items():
+        monkeypatch.setattr(torch, name, lambda data, *args, original=original, device="cpu", **kw:
+                            original(data, *args, **kw).to(device))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    with BothDevices():
+        yield
+
+
+def everything(device) -> dict:
+    """What all stages make of a few rows on `device`: losses, gradients, reports, a step of RL in
+    both spaces, evaluations; tensors on the host."""
+    agent, token = (copy.deepcopy(tiny_agent(space)).to(device) for space in ("latent", "token"))
+    assert agent.device.type == token.policy.head.weight.device.type == device
+    batch, out = agent.encoder.collate(examples()).to(device), {}
+    agent.train_only("projector", "idm", "codebook", "world", "policy")
+    e, states = agent.embeddings(batch), agent.states(batch)
+    noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), 16, 0).to(device)
+    out["losses"] = [*stage1.projector_losses(agent, batch, e, True).values(), *(
+        x for losses in (train_idm.inverse_losses(agent, batch, states, noise)[:2],
+                         train_bc.code_losses(agent, batch)[:1],
+                         train_bc.release_losses(agent, batch)[:1],
+                         train_bc.token_losses(token, batch)[:1]) for x in losses)]
+    sum(x.sum() for x in out["losses"]).backward()
+    out["gradients"] = {name: p.grad for name, p in agent.named_parameters() if p.requires_grad}
+    held = {"id": examples()[:1], "text": examples()[1:2]}
+    out["reports"] = [stage1.projector_report(agent, held, 99), train_idm.idm_report(
+        agent, held, 99), train_bc.bc_report(agent, held, 99), train_bc.lm_report(token, held, 99)]
+
+    def judge(rows, answers):
+        return [f"d: x [Scores]: ({len(set(answer)) % 7}, 10)" for answer in answers]
+    rows = [{**r, "reference": "A red star.", "persona": "p"} for r in ROWS]
+    task = tasks.Task("t", ("d",), (0.0, 1.0), {}, judge, 6)
+    for one in (agent, token):
+        args = parsed(train_rl, "--algo", "dapo", "--action-space", one.space, "--prompts", "3",
+                      "--group-size", "3", "--beta", "0.1", "--kl", "exact", "--recompute")
+        train_rl.fill_algorithm(args)
+        one.recompute = True
+        start = copy.deepcopy(one.train_only("policy")["policy"])
+        parts, groups, kept = train_rl.collect(one, task, train_rl.Prompts(rows, 0), args, 0)
+        run = SimpleNamespace(skipped=0, skipped_all=0, taken=0, folder="run")
+        figures = train_rl.update(
+            one, start, torch.optim.AdamW(one.policy.parameters()), 1e-2, run, parts,
+            {place: groups[place] for place in kept}, args, task)
+        assert run.taken == 2 and figures["kl"] > 0
+        out[one.space] = [figures, train_rl.step_figures(groups, one.space), *(
+            tensor for part, _ in parts for tensor in (part.tokens, part.actions, part.logps)),
+            dict(one.policy.named_parameters())]
+        one.min_p = 0.01
+        out[f"{one.space} evaluated"] = [
+            tasks.evaluate(one, task, {"id": rows}, 0, 99, {"greedy": (0.0, 1), "t": (1.0, 3)}, one),
+            tasks.trace(one, rows[0], 6)]
+    out["reach"] = tasks.reach(agent, rows, 99)
+    return tree_map(lambda x: x.detach().cpu() if isinstance(x, torch.Tensor) else x, out)
+
+
+def test_every_stage_runs_on_another_device_and_gives_what_the_host_gives(both_devices):
+    there, here = everything("meta"), everything("cpu")
+    for one, other in zip(tree_leaves(there), tree_leaves(here), strict=True):
+        if isinstance(one, (float, torch.Tensor)):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        else:
+            assert one == other
+    agent = copy.deepcopy(tiny_agent()).to("meta")  # fails if the simulation lets anything pass
+    with pytest.raises(RuntimeError, match="there.*here"):
+        agent.states(collated())
+
+
+def test_decoding_lets_the_host_wait_every_few_tokens_alone(both_devices):
+    """The stop test's `nonzero`, once in `check_every` tokens."""
+    agent, waits = copy.deepcopy(tiny_agent()), []
+    agent.token_bias[agent.encoder.stop_ids] = -math.inf
+    agent.to("meta")
+    for new in (8, 16, 32):
+        Elsewhere.waits.clear()
+        out = rollout(agent, examples(ROWS[:2], prompt=True), 2, new, 1.0, [3, 4], check_every=4)
+        assert out.tokens.shape[1] == new
+        waits.append(Elsewhere.waits.total())
+    assert waits[1] - waits[0] == 2 and waits[2] - waits[1] == 4
 
 
 # ---- The whole chain, as a user would run it -------------------------------------------------

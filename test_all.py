@@ -720,8 +720,22 @@ def test_one_flipped_bit_of_the_embedded_base_is_noticed(tmp_path):
 
 def one_of_two_ranks(rank, folder):
     """A process of a group: gradients are summed, figures in float64."""
+    r, shares = roll()[1], ([0], [1, 2])            # of unequal length, and the gradient below 1:
+    rewards = 0.01 * torch.tensor([[0.1, 0.9, 0.4], [0.5, 0.2, 0.7], [0.2, 0.6, 0.1]])  # not clipped
+
+    def policy_gradient(aggregate, places):
+        (gradient,), *_ = update(r, rewards, "bnpo_released", "--scale", "none", "--beta", "0",
+                                 "--aggregate", aggregate, parts=[(r.select(places), places)])
+        return gradient
+    one, other = (policy_gradient("local", places) for places in shares)
+    mean = {name: (g + other[name]) / 2 for name, g in one.items()}
+    pooled = policy_gradient("tokens", [0, 1, 2])
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                          world_size=2)
+    for aggregate, want in (("local", mean), ("tokens", pooled)):
+        for name, g in policy_gradient(aggregate, shares[rank]).items():
+            close(g, want[name], 1e-6)
+    assert max((g - pooled[name]).abs().max() for name, g in mean.items()) > 1e-5
     params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (7,), (2, 3))]
     for p in params[:-1]:                           # the last has a gradient on rank 0 alone
         p.grad = (rank + 1) * torch.arange(float(p.numel())).view(p.shape)
@@ -3635,7 +3649,8 @@ class Recorder(torch.optim.SGD):
         super().step(closure)
 
 
-def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None, parts=None):
+def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None, parts=None,
+           skipped=0):
     """Policy gradients of each of update's steps (into `steps`, too), figures, the reference."""
     agent = agent or tiny_agent()
     agent = with_modules(agent, policy=copy.deepcopy(agent.policy))
@@ -3649,12 +3664,20 @@ def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None, pa
     groups = {place: {"id": ROWS[place]["id"], "rewards": 0 * rewards[place],
                       "shaped": rewards[place]}     # these count
               for place in range(3) if place not in drop}
-    run = SimpleNamespace(skipped=0, skipped_all=0, taken=0, folder="run")
+    run = SimpleNamespace(skipped=skipped, skipped_all=0, taken=0, folder="run")
     figures = train_rl.update(
         agent, reference if args.beta else None, optimizer, lr, run,
         parts or [(r, [0, 1, 2])], groups, args, tasks.Task("t", ("d",), (0.0, 1.0), {}, None, 10))
     assert run.taken == len(optimizer.steps)
     return optimizer.steps, figures, reference
+
+
+def test_the_tenth_gradient_that_is_not_finite_names_the_prompts():
+    agent = with_modules(tiny_agent(), policy=copy.deepcopy(tiny_agent().policy))
+    agent.policy.norm.weight.data[0] = NAN
+    rewards = torch.tensor([[0.1, 0.9, 0.4]] * 3)
+    with pytest.raises(UserError, match="ten non-finite steps.*'front', 'text', 'two'"):
+        update(roll()[1], rewards, "dr_grpo", agent=agent, skipped=9)
 
 
 @pytest.mark.parametrize("algo", list(train_rl.ALGORITHMS))

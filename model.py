@@ -1336,13 +1336,12 @@ def launch(main):
         tqdm.write("interrupted: the same command goes on from the last checkpoint, if one was "
                    "made", file=sys.stderr)
         status = 130
-    if status and dist.is_initialized():
-        os._exit(status)        # at once: another rank may wait for this one's prefetching thread
     if dist.is_initialized():
+        if status:
+            os._exit(status)    # at once: another rank may wait for this one's prefetching thread
         prefetch.submit(lambda: None).result()          # its last collective is done on all ranks
         dist.destroy_process_group()
-    if status:
-        sys.exit(status)
+    sys.exit(status)
 
 
 def device_of(args) -> str:

@@ -1419,7 +1419,7 @@ def all_sum(figures: dict) -> dict:
 
 def agreed(value):
     """Rank 0's value on all ranks, of what another process may change between two looks."""
-    return gather({0: value} if rank() == 0 else {})[0]
+    return gather({rank(): value})[0]
 
 
 def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
@@ -1752,8 +1752,7 @@ class Run:
             if args.fresh:
                 shutil.rmtree(self.folder)
                 self.lock = lock(self.folder)
-        barrier()
-        self.finished = weights.exists()
+        self.finished = agreed(weights.exists())    # as rank 0 has left it: the others wait here
         self.config = {
             "args": {**vars(args), "dtype": str(agent.dtype).removeprefix("torch."),
                      "device": agent.device.type}, "world_size": world_size(),
@@ -1763,8 +1762,7 @@ class Run:
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
             "git": git_commit(), "argv": sys.argv}
         if self.finished or (self.folder / "state" / "last.pt").exists():
-            self._compare(read_config(self.folder))
-        barrier()                                   # every rank has looked before rank 0 writes
+            self._compare(read_config(self.folder))     # before or after rank 0 writes: equal then
         if self.finished:
             say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
         elif rank() == 0:

@@ -310,14 +310,12 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
             raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[0]} and others")
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        if tokenizer.chat_template is None:     # older snapshots keep it beside the processor
+            file = Path(cached_file(path, "chat_template.json"))
+            tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {path}: cannot be loaded ({reason})") from None
-    if tokenizer.chat_template is None:  # older snapshots keep it beside the processor
-        file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            raise UserError(f"{path}: no chat template in the tokenizer or chat_template.json")
-        tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
     return model, tokenizer, processor
 
 

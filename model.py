@@ -1670,13 +1670,17 @@ def read_config(folder) -> dict:
     return config
 
 
+def fsync(path: Path):
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
 def atomic(path: Path, write):
     """`write(temporary)`, flush to disk, rename: the file is whole or it is not there."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        fsync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
         with contextlib.suppress(OSError):          # where nothing can be written or removed
@@ -1780,6 +1784,9 @@ class Run:
             say(f"note: {self.folder} was started at commit {old['git']}, now it is "
                 f"{self.config['git']}")
 
+    def _logs(self) -> list[Path]:
+        return [self.folder / name for name in LOGS if (self.folder / name).exists()]
+
     def resume(self, state: dict) -> int:
         """Restore `state` (name -> whatever has state_dict and load_state_dict) from the last
         checkpoint and cut the logs back to it; the step to go on with."""
@@ -1798,10 +1805,8 @@ class Run:
                 raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"
                                 " --fresh starts the run again") from None
             say(f"continuing {self.folder} at step {saved['step']}")
-        for name in LOGS if rank() == 0 else ():
-            if (self.folder / name).exists():
-                size = (self.folder / name).stat().st_size
-                os.truncate(self.folder / name, min(size, saved["logs"].get(name, 0)))
+        for file in self._logs() if rank() == 0 else ():
+            os.truncate(file, min(file.stat().st_size, saved["logs"].get(file.name, 0)))
         barrier()
         self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
                         disable=rank() != 0 or saved["step"] == self.steps, smoothing=0.1,
@@ -1832,14 +1837,11 @@ class Run:
         """Atomic checkpoint of `state` after `step` steps, about once a minute and after the
         last."""
         if rank() == 0 and (step == self.steps or time.time() - self.saved >= SAVE_SECONDS):
-            for name in LOGS:                       # on disk before what counts them is
-                if (self.folder / name).exists():
-                    with open(self.folder / name, "rb") as f:
-                        os.fsync(f.fileno())
+            for file in self._logs():               # on disk before what counts them is
+                fsync(file)
             saved = {"step": step, "counts": [self.skipped, self.skipped_all, self.taken],
                      "state": {name: trained(thing) for name, thing in state.items()},
-                     "logs": {name: (self.folder / name).stat().st_size for name in LOGS
-                              if (self.folder / name).exists()}}
+                     "logs": {file.name: file.stat().st_size for file in self._logs()}}
             atomic(self.folder / "state" / "last.pt", lambda path: torch.save(saved, path))
             self.saved = time.time()
         if step == self.steps:

@@ -1441,8 +1441,8 @@ def reduce_gradients(params: list[nn.Parameter]):
 
 
 def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
-                   row_ids: list[str], clip: float = 1.0) -> float:
-    """Reduce gradients, clip each optimiser's to norm `clip`, step; returns the largest norm.
+                   row_ids: list[str]) -> float:
+    """Reduce gradients, clip each optimiser's to norm 1, step; returns the largest norm.
 
     A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
     """
@@ -1452,20 +1452,20 @@ def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[
         for group in optimizer.param_groups:
             group["lr"] = lr
         reduce_gradients(params)
-        norms.append(nn.utils.clip_grad_norm_(params, clip))
+        norms.append(nn.utils.clip_grad_norm_(params, 1.0))
     norm = torch.stack(norms).max().item()
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    run.skipped_all += run.skipped > 0
-    if run.skipped:
+    if math.isfinite(norm):
+        for optimizer in optimizers:
+            optimizer.step()
+        run.taken, run.skipped = run.taken + 1, 0
+    else:
+        run.skipped, run.skipped_all = run.skipped + 1, run.skipped_all + 1
         say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
     if run.skipped == 10:
         raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
                         f"{row_ids[:8]}; lower --lr or look at these rows")
     for optimizer in optimizers:
-        if not run.skipped:
-            optimizer.step()
-            run.taken += 1
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return norm
 
 

@@ -1616,14 +1616,13 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
         raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")
     if rank() == 0 and (folder / "state" / "lock").exists():
         lock(folder).close()                        # is another process working on it?
-    usual = vars(module.arguments().parse_args([*flags, "--model", args.model]))
-    usual |= STRUCTURE[scale_of(args.model)]
+    usual = vars(module.arguments().parse_args(flags)) | STRUCTURE[scale_of(args.model)]
     wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
     if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
         wanted |= {name: value for name, value in read_config(folder)["args"].items()
                    if name in usual and (name not in NOT_COMPARED
                                          or name in ("judge_url", "parent"))}
-    argv = ["--model", args.model, *flags]
+    argv = list(flags)
     for name, value in wanted.items():
         if value != usual[name]:
             values = [] if value is True else value if isinstance(value, list) else [str(value)]

@@ -4508,7 +4508,7 @@ BAD = [
     ("train_bc --model qwen --codes 3 --idm-layers 2 --policy-layers 2 --image-tokens 4 --parent "
      "runs/tiny/idm --stage bc", "trained on another base.*--fresh"),
     ("train_bc --model qwen --name bad",
-     r"run first: python train_bc.py --model \S*/qwen --stage bc"),
+     r"run first: python train_bc.py --stage bc --model \S*/qwen"),
     ("train_projector --model llama --paired p.jsonl --without text", "a llama model, not Qwen2"),
     ("train_projector --model nowhere --paired p.jsonl --without text", "nowhere: cannot be load"),
     ("train_projector --model ./nowhere --paired p.jsonl --without text", "./nowhere: no such f"),

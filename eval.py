@@ -47,7 +47,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model import (LOGITS_AT_ONCE, STRUCTURE, Agent, UserError, agreed, all_sum, count,
+from model import (LOGITS_AT_ONCE, STRUCTURAL, Agent, UserError, agreed, all_sum, count,
                    file_identity, format_table, gather, in_chunks, init_distributed, key_seed,
                    launch, micro_batches, open_image, pack, positive, rank, read_config, read_rows,
                    replay, rollout, say, table_cells, text_positions, within, world_size,
@@ -162,7 +162,7 @@ def task_flags(parser: argparse.ArgumentParser):
 def identity(args, *kinds: str) -> dict:
     """What a run must share with those that start from it: structure, ablations, and the data of
     `kinds` ("paired", "text", "task"): files by name, size and hash, mini by MINI_VERSION."""
-    found = {name: getattr(args, name) for name in STRUCTURE["tiny"]}
+    found = {name: getattr(args, name) for name in STRUCTURAL}
     for kind in kinds:
         files = getattr(args, kind)
         if files == "mini" or args.model == "tiny" and not (files or args.paired):

@@ -371,7 +371,7 @@ class Agent(nn.Module):
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
-        structure = {name: getattr(args, name) for name in STRUCTURE["tiny"]} | {"base": str(path)}
+        structure = {name: getattr(args, name) for name in STRUCTURAL} | {"base": str(path)}
         model = model.to(device)
         agent = cls(model, Encoder(tokenizer, processor, model, args.image_tokens), structure)
         agent.recompute = args.recompute
@@ -438,7 +438,7 @@ class Agent(nn.Module):
         """A trained agent from its run folder alone, without inverse dynamics."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype, args.recompute = device, dtype, False
-        if not {"model", *STRUCTURE["tiny"]} <= set(vars(args)):
+        if not {"model", *STRUCTURAL} <= set(vars(args)):
             raise UserError(f"{folder}: config.json is not that of a stage of this version; name a "
                             "run folder, or redo it with --fresh")
         if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
@@ -1479,10 +1479,9 @@ def peak_memory() -> int:
 
 # Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
 
-STRUCTURE = {"tiny": {"codes": 3, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4",
-                      "without": []},
-             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256",
-                      "without": []}}
+STRUCTURE = {"tiny": {"codes": 3, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4"},
+             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256"}}
+STRUCTURAL = (*STRUCTURE["tiny"], "without")        # a model's own flags: size and ablations
 
 
 def within(kind, low: float, high: float = math.inf):
@@ -1510,8 +1509,6 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     script's table of kind -> "tiny" or "full" -> flag -> value."""
     table = {f"{kind} {scale}": {**STRUCTURE[scale], **values}
              for kind, scales in defaults.items() for scale, values in scales.items()}
-    for row in table.values():
-        del row["without"]                          # nothing, by default
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1542,7 +1539,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--policy-layers", type=count, help="layers of the policy")
     add("--image-tokens", type=image_budget, help="most tokens an image may have, its shape kept, "
         "or HEIGHTxWIDTH in pixels (release's pre-training: 280x420)")
-    add("--without", action="extend", nargs="+", choices=("text", "projector", "cycle"),
+    add("--without", action="extend", nargs="+", choices=("text", "projector", "cycle"), default=[],
         help="text-only rows; the projector (their states are e^T itself); the cycle loss on them")
     return parser
 
@@ -1569,8 +1566,7 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
 
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
 PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "recompute", "dtype", "device", *STRUCTURE["tiny"], "task", "task_root",
-              "eval_prompts")
+              "recompute", "dtype", "device", *STRUCTURAL, "task", "task_root", "eval_prompts")
 
 
 def model_root(args) -> Path:
@@ -1582,9 +1578,9 @@ def folder_of(args, stage: str, name: str = "") -> Path:
     """A stage's folder: its suffixes say what changes its result, so ablations never collide;
     `name` is this run's own suffix, which predecessors do not carry."""
     usual = STRUCTURE[scale_of(args.model)]
-    values = {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
-    tags = ["-".join([key, *value]) if key == "without" else f"{key.split('_')[0]}{value}"
-            for key, value in values.items()]
+    tags = [f"{key.split('_')[0]}{getattr(args, key)}" for key in usual
+            if getattr(args, key) != usual[key]]
+    tags += ["without", *args.without] if args.without else []
     return model_root(args) / "-".join([stage, *tags, *([name] if name else [])])
 
 

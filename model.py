@@ -1552,9 +1552,9 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     """Fill what is left open from STRUCTURE and `defaults`, one kind of a script's DEFAULTS, and
     join the process group."""
     scale = scale_of(args.model)
-    if os.path.isdir(args.model) and scale == "full":
+    if scale == "full" and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
-    if args.model.startswith((".", "/")) and not os.path.isdir(args.model):
+    elif args.model.startswith((".", "/")):
         raise UserError(f"--model {args.model}: no such folder")
     for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
         if getattr(args, name) is None:
@@ -1564,9 +1564,13 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     return args
 
 
+# Where things lie, on what machine, and what is evaluated: these change no weight.
+SURROUNDINGS = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "device",
+                "tokens_at_once", "recompute", "eval_prompts")
 # What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
-PROPAGATED = ("model", "paired", "text", "image_root", "run_root", "seed", "tokens_at_once",
-              "recompute", "dtype", "device", *STRUCTURAL, "task", "task_root", "eval_prompts")
+PROPAGATED = (*SURROUNDINGS, "seed", "dtype", *STRUCTURAL)
+# A run goes on whatever these are.
+NOT_COMPARED = (*SURROUNDINGS, "name", "parent", "fresh", "splits", "judge_url")
 
 
 def model_root(args) -> Path:
@@ -1616,8 +1620,7 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
     wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
     if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
         wanted |= {name: value for name, value in read_config(folder)["args"].items()
-                   if name in usual and (name not in NOT_COMPARED
-                                         or name in ("judge_url", "parent"))}
+                   if name in usual and name not in (*SURROUNDINGS, "name", "fresh")}
     argv = list(flags)
     for name, value in wanted.items():
         if value != usual[name]:
@@ -1721,10 +1724,6 @@ def git_commit() -> str | None:
 
 LOGS = ("log.jsonl", "samples.jsonl")
 SAVE_SECONDS = 60            # between checkpoints
-# Where things lie, on what machine, and what is evaluated: these change no weight.
-NOT_COMPARED = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "name",
-                "parent", "fresh", "device", "tokens_at_once", "recompute", "splits",
-                "eval_prompts", "judge_url")
 
 
 class Run:

@@ -1657,15 +1657,14 @@ def file_identity(path: str, whole: bool = False) -> str:
 def read_config(folder) -> dict:
     """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if not {"args", "identity", "base", "parent", "sha256"} <= set(config) or not (
-                isinstance(config["args"], dict) and isinstance(config["identity"], dict)
-                and isinstance(config["parent"], (str, type(None)))):
-            raise ValueError("it is no config of a run")
-    except (OSError, ValueError, TypeError) as error:
+        match json.loads((Path(folder) / "config.json").read_text()):
+            case {"args": dict(), "identity": dict(), "base": _, "parent": str() | None,
+                  "sha256": _} as config:
+                return config
+        raise ValueError("it is no config of a run")
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: config.json cannot be used ({error}); name a run folder, or "
                         "start this one again with --fresh") from None
-    return config
 
 
 def fsync(path: Path):

@@ -1739,8 +1739,8 @@ class Run:
         was started with other arguments, data, base or parent, or if another process has it.
         `identity` is what runs that start from this one must share."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
-        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
-        self.taken = 0                              # optimiser steps
+        self.skipped = self.skipped_all = self.taken = 0    # steps: non-finite in a row, all, good
+        self.tables = {}                            # of report.json
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):
             self.lock = lock(self.folder)           # never under another process's feet
@@ -1842,12 +1842,11 @@ class Run:
 
     def report(self, title: str, table: dict[str, dict], shown: bool = True):
         """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
+        if shown:
+            say(format_table(title, table))
+        self.tables[title] = table
         if rank() == 0:
-            if shown:
-                print(format_table(title, table), flush=True)
-            file = self.folder / "report.json"
-            old = json.loads(file.read_text()) if file.exists() else {}
-            write_text(file, json.dumps({**old, title: table}, indent=1))
+            write_text(self.folder / "report.json", json.dumps(self.tables, indent=1))
 
     def finish(self, **modules: nn.Module):
         """Write model.safetensors (only what this stage trained), its hash first, drop state/.

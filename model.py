@@ -441,8 +441,8 @@ class Agent(nn.Module):
         if not {"model", *STRUCTURAL} <= set(vars(args)):
             raise UserError(f"{folder}: config.json is not that of a stage of this version; name a "
                             "run folder, or redo it with --fresh")
-        if args.model == "tiny":  # the base stands beside the run, wherever runs/ was moved to
-            args.run_root = str(Path(folder).resolve().parent.parent)
+        # The base of `tiny` stands beside the run, wherever runs/ was moved to.
+        args.run_root = Path(folder).resolve().parent.parent
         agent = cls.from_base(args).load_run(folder, skip=("idm",)).eval()
         agent.train_only()
         agent.min_p = getattr(args, "min_p", 0.0)

@@ -1739,7 +1739,7 @@ class Run:
         was started with other arguments, data, base or parent, or if another process has it.
         `identity` is what runs that start from this one must share."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
-        self.skipped = self.skipped_all = self.taken = 0    # steps: non-finite in a row, all, good
+        self.skipped = self.skipped_all = self.taken = 0    # steps: skipped in a row, skipped, taken
         self.tables = {}                            # of report.json
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):
@@ -1757,7 +1757,7 @@ class Run:
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
             "git": git_commit(), "argv": sys.argv}
         if self.finished or (self.folder / "state" / "last.pt").exists():
-            self._compare(read_config(self.folder))     # before or after rank 0 writes: equal then
+            self._compare(read_config(self.folder))     # as rank 0 writes it, this much is equal
         if self.finished:
             say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
         elif rank() == 0:
@@ -1816,8 +1816,7 @@ class Run:
                for k, v in row.items()}
         self.began = time.time()
         self.append("log.jsonl", [row])
-        self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in shown if row[k] is not None),
-                                 refresh=False)
+        self.bar.set_postfix({name: row[name] for name in shown}, refresh=False)
         self.bar.update()
 
     def append(self, name: str, rows: list[dict]):

@@ -1739,7 +1739,7 @@ class Run:
         was started with other arguments, data, base or parent, or if another process has it.
         `identity` is what runs that start from this one must share."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
-        self.skipped = self.skipped_all = self.taken = 0    # steps: skipped in a row, skipped, taken
+        self.skipped = self.skipped_all = self.taken = 0    # steps: in a row, all; taken
         self.tables = {}                            # of report.json
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):
@@ -1767,9 +1767,8 @@ class Run:
         write_text(self.folder / "config.json", json.dumps(self.config, indent=1))
 
     def _compare(self, old: dict):
-        had, now = ({**{k: v for k, v in c["args"].items() if k not in NOT_COMPARED},
-                     **c["identity"], **{k: c[k] for k in ("base", "parent_sha256")}}
-                    for c in (old, self.config))
+        had, now = ({k: v for k, v in c["args"].items() if k not in NOT_COMPARED} | c["identity"]
+                    | {k: c[k] for k in ("base", "parent_sha256")} for c in (old, self.config))
         if different := differing(had, now):
             raise UserError(f"{self.folder} was started with other arguments ({different}); --name "
                             "starts a variant, --fresh redoes it")

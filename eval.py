@@ -1339,18 +1339,16 @@ def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new
     """n answers to every row's prompt, {"text", "tokens", "actions"} (ids) each, this rank's share
     gathered on all ranks. Seeds are keyed by row: no batch split matters. A batch's caches hold at
     most `tokens_at_once` tokens, or one prompt's."""
-    mine = [(agent.encoder.encode(rows[r], prompt=True), r)
-            for r in range(rank(), len(rows), world_size())]
-    mine.sort(key=lambda pair: len(pair[0]), reverse=True)
-    prompts, places = [prompt for prompt, _ in mine], [r for _, r in mine]
-    answers = {}
-    for part in pack(prompts, n, max_new_tokens, tokens_at_once):
-        out = rollout(agent, [prompts[i] for i in part], n, max_new_tokens, temperature,
-                      [key_seed(seed, "eval", rows[places[i]]["id"]) for i in part])
-        every = [{"text": text, "tokens": tokens[mask].tolist(), "actions": actions[mask].tolist()}
-                 for text, mask, tokens, actions in zip(out.texts, out.mask, out.tokens,
-                                                        out.actions)]
-        answers |= {places[i]: every[k * n:(k + 1) * n] for k, i in enumerate(part)}
+    mine = {r: agent.encoder.encode(rows[r], prompt=True)
+            for r in range(rank(), len(rows), world_size())}
+    order, answers = sorted(mine, key=lambda r: len(mine[r]), reverse=True), defaultdict(list)
+    for part in pack([mine[r] for r in order], n, max_new_tokens, tokens_at_once):
+        places = [order[i] for i in part]
+        out = rollout(agent, [mine[r] for r in places], n, max_new_tokens, temperature,
+                      [key_seed(seed, "eval", rows[r]["id"]) for r in places])
+        for i, (text, mask) in enumerate(zip(out.texts, out.mask)):
+            answers[places[i // n]].append({"text": text, "tokens": out.tokens[i, mask].tolist(),
+                                            "actions": out.actions[i, mask].tolist()})
     answers = gather(answers)
     return [answers[r] for r in range(len(rows))]
 

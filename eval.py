@@ -36,6 +36,7 @@ import random
 import re
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
@@ -1020,6 +1021,8 @@ def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
 
 # ---- Metrics ----
 
+warnings.filterwarnings("ignore", "Mean of empty slice")    # NaN, where all judgements failed
+
 
 def diversity(embeddings: Tensor) -> float:
     """1 / mean pairwise cosine of a prompt's G answers, (G, d) (paper, rollout diversity)."""
@@ -1051,17 +1054,15 @@ def code_usage(counts: Tensor) -> dict[str, float]:
             "code_perplexity": torch.exp(-torch.special.xlogy(p, p).sum()).item()}
 
 
-def paired_bootstrap(before, after, seed: int, n: int = 10_000) -> tuple[float, float, float]:
+def paired_bootstrap(before, after, n: int = 10_000) -> tuple[float, float, float]:
     """(mean gain, low, high): after - before on the same rows with its 95 % percentile interval
     over n resamples of the rows (Efron, 1979). Rows where either is None or NaN are left out."""
     gain = np.array(after, dtype=float) - np.array(before, dtype=float)
     gain = gain[np.isfinite(gain)]
     if not len(gain):
         return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = gain[rng.integers(0, len(gain), (n, len(gain)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(gain.mean()), float(low), float(high)
+    means = gain[np.random.default_rng(0).integers(0, len(gain), (n, len(gain)))].mean(1)
+    return gain.mean(), *np.percentile(means, (2.5, 97.5))
 
 
 # ---- What a person looks at: traces, the code atlas, the page ----
@@ -1149,8 +1150,11 @@ def groups_of(row: dict) -> set[str]:
 
 def rewards_by_prompt(task: Task, predictions: list[dict]) -> dict[str, dict[str, float]]:
     """"split mode" -> prompt's id -> reward, the mean over its answers."""
-    return {key: dict(zip([p["id"] for p in part], nan_mean(rewards_of(task, part), 1)))
-            for key, part in by_split_and_mode(predictions).items()}
+    rewards = defaultdict(dict)
+    for p in predictions:
+        rewards[f"{p['split']} {p['mode']}"][p["id"]] = np.nanmean([
+            task.reward(reply) for reply in p["replies"]])
+    return rewards
 
 
 def rewards_by_group(rewards: dict[str, dict[str, float]], rows: dict[str, dict]) -> dict:
@@ -1160,7 +1164,7 @@ def rewards_by_group(rewards: dict[str, dict[str, float]], rows: dict[str, dict]
         for row_id, reward in own.items():
             for group in groups_of(rows[row_id]):
                 parts[f"{key}, {group}"].append(reward)
-    return {group: {"reward": float(nan_mean(part))} for group, part in sorted(parts.items())}
+    return {group: {"reward": np.nanmean(part)} for group, part in sorted(parts.items())}
 
 
 STYLE = """:root { color-scheme: light dark }
@@ -1440,34 +1444,22 @@ def n_answers(splits: dict[str, list[dict]], modes: dict[str, tuple[float, int]]
     return sum(map(len, splits.values())) * sum(n for _, n in modes.values())
 
 
-def rewards_of(task: Task, predictions: list[dict]) -> np.ndarray:
-    """Reward of every prompt's answers, (prompts, n), NaN where judging failed."""
-    return np.array([[task.reward(reply) for reply in p["replies"]] for p in predictions])
-
-
-def nan_mean(x, axis=None):
-    """Mean over what is not NaN; NaN, without a warning, where all is."""
-    x = np.asarray(x, dtype=float)
-    judged = np.isfinite(x).sum(axis)
-    return np.where(judged > 0, np.nansum(x, axis) / np.maximum(judged, 1), math.nan)
-
-
 def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
     """Figures of one split and mode from the replies' text alone (what --rescore recomputes). Of
     each dimension the mean of answer's score / reference's, MMRole's definition (it reproduces the
     published results.csv), and "overall", the mean over dimensions."""
     scores = [task.scores(reply) for p in predictions for reply in p["replies"]]
     judged = [s for s in scores if s is not None]
-    ratios = {d: float(nan_mean([s[d][0] / s[d][1] for s in judged])) for d in task.dimensions}
-    rewards = rewards_of(task, predictions)
-    n, figures = rewards.shape[1], {"reward": float(nan_mean(nan_mean(rewards, 1)))}
+    ratios = {d: np.nanmean([s[d][0] / s[d][1] for s in judged]) for d in task.dimensions}
+    rewards = np.array([[task.reward(reply) for reply in p["replies"]] for p in predictions])
+    n, figures = rewards.shape[1], {"reward": np.nanmean(np.nanmean(rewards, 1))}
     if n > 1:
-        figures |= {"deviation": float(np.std(nan_mean(rewards, 0), ddof=1)),
-                    f"best_of_{n}": float(nan_mean(np.fmax.reduce(rewards, 1))),
+        figures |= {"deviation": np.std(np.nanmean(rewards, 0), ddof=1),
+                    f"best_of_{n}": np.nanmean(np.fmax.reduce(rewards, 1)),
                     "duplicates": np.mean([1 - len(set(p["answers"])) / n for p in predictions])}
     if "diversity" in predictions[0]:
-        figures["diversity"] = float(np.mean([p["diversity"] for p in predictions]))
-    return {**figures, "overall": float(nan_mean(list(ratios.values()))),
+        figures["diversity"] = np.mean([p["diversity"] for p in predictions])
+    return {**figures, "overall": np.nanmean(list(ratios.values())),
             "failed": len(scores) - len(judged), **ratios}
 
 
@@ -1484,14 +1476,14 @@ def by_split_and_mode(predictions: list[dict]) -> dict[str, list[dict]]:
     return parts
 
 
-def gain_table(task: Task, before: list[dict], after: list[dict], seed: int = 0) -> dict:
+def gain_table(task: Task, before: list[dict], after: list[dict]) -> dict[str, dict]:
     """Reward before and after on the same prompts, the gain and its paired 95 % interval."""
-    table, after = {}, by_split_and_mode(after)
-    for key, part in by_split_and_mode(before).items():
-        pair = [nan_mean(rewards_of(task, side), 1) for side in (part, after[key])]
-        gain, low, high = paired_bootstrap(*pair, seed)
-        table[key] = {"before": float(nan_mean(pair[0])), "after": float(nan_mean(pair[1])),
-                      "gain": gain, "low": low, "high": high, "prompts": len(part)}
+    table, after = {}, rewards_by_prompt(task, after)
+    for key, own in rewards_by_prompt(task, before).items():
+        pair = [list(own.values()), list(after[key].values())]
+        gain, low, high = paired_bootstrap(*pair)
+        table[key] = {"before": np.nanmean(pair[0]), "after": np.nanmean(pair[1]),
+                      "gain": gain, "low": low, "high": high, "prompts": len(own)}
     return table
 
 
@@ -1754,7 +1746,7 @@ def t_interval(differences) -> tuple[float, float]:
     for _ in range(40):                     # the quantile, by bisection
         middle = (low + high) / 2
         low, high = (middle, high) if student_p(middle, n - 1) > 0.05 else (low, middle)
-    return float(np.mean(differences)), high * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return np.mean(differences), high * np.std(differences, ddof=1) / math.sqrt(n)
 
 
 def holm(p_values: dict) -> dict:
@@ -1769,10 +1761,10 @@ def persona_bootstrap(gains, personas, n: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean gain over resampled personas, and prompts within each."""
     gains, rng = np.asarray(gains), np.random.default_rng(0)
     places = [np.flatnonzero([p == name for p in personas]) for name in sorted(set(personas))]
-    means = [nan_mean(np.concatenate([gains[rng.choice(places[i], len(places[i]))]
-                                      for i in rng.integers(0, len(places), len(places))]))
+    means = [np.nanmean(np.concatenate([gains[rng.choice(places[i], len(places[i]))]
+                                         for i in rng.integers(0, len(places), len(places))]))
              for _ in range(n)]
-    return tuple(map(float, np.percentile(means, (2.5, 97.5))))
+    return tuple(np.percentile(means, (2.5, 97.5)))
 
 
 def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
@@ -1823,8 +1815,8 @@ def contrasts(rewards: dict[Path, dict], personas: dict[str, str]) -> dict[str, 
                 continue
             gains = np.array([[latent[key][row] - token[key][row] for row in ids]
                               for latent, token in pairs])             # (seeds, prompts)
-            seeds, test = nan_mean(gains, 1), f"{name} - token{two[4] or ''}, {key}"
-            low, high = persona_bootstrap(nan_mean(gains, 0), [personas[row] for row in ids])
+            seeds, test = np.nanmean(gains, 1), f"{name} - token{two[4] or ''}, {key}"
+            low, high = persona_bootstrap(np.nanmean(gains, 0), [personas[row] for row in ids])
             rows[test] = {"pairs": len(seeds),
                           "mean": "{:+.3f} ± {:.3f}".format(*t_interval(seeds)),
                           "personas, prompts": f"[{low:+.3f}, {high:+.3f}]"}

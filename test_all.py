@@ -2005,7 +2005,7 @@ def test_metrics_by_hand():
     close(tasks.summarise(task, [group])["duplicates"], 0.5)
     usage = tasks.code_usage(torch.tensor([2.0, 2.0, 4.0, 0.0]))    # exp(1/2 ln 4 + 1/2 ln 2)
     assert usage == {"codes_used": 3, "code_perplexity": pytest.approx(math.sqrt(8))}
-    assert tasks.paired_bootstrap([1, 2, None, 4], [2, 4, 9, math.nan], 0, 2000) == (1.5, 1, 2)
+    assert tasks.paired_bootstrap([1, 2, None, 4], [2, 4, 9, math.nan], 2000) == (1.5, 1, 2)
     a, b = tuple("the cat sat on the mat"), tuple("a cat on mats the")
     lcs = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]           # the textbook table
     for i, j in itertools.product(range(len(a)), range(len(b))):
@@ -2201,8 +2201,9 @@ def test_latent_is_held_against_the_token_run_of_its_seed(tmp_path):
 def test_summaries_leave_out_failures_and_count_zeros():
     task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
     def predictions(*groups):
-        return [{"split": "id", "mode": "m", "answers": ["x"] * len(g), "replies": [
-            None if s is None else f"d: x [Scores]: ({s}, 10)" for s in g]} for g in groups]
+        return [{"id": n, "split": "id", "mode": "m", "answers": ["x"] * len(g), "replies": [
+            None if s is None else f"d: x [Scores]: ({s}, 10)" for s in g]}
+            for n, g in enumerate(groups)]
     figures = tasks.summarise(task, predictions((None, 5), (0, 0)))
     assert figures["failed"] == 1
     close([figures["reward"], figures["best_of_2"]], [0.25, 0.25])

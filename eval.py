@@ -1094,11 +1094,10 @@ def trace(agent: Agent, row: dict, max_new_tokens: int, temperature: float = 0.0
 
 def information(pairs: list[tuple]) -> float:
     """I(a; b) / H(a): the share of a's entropy that b explains, from counted pairs, 0 to 1."""
-    def entropy(counts):
-        p = np.array(list(counts.values())) / max(1, len(pairs))
+    def entropy(values):
+        p = np.array(list(Counter(values).values())) / len(pairs)
         return float(-(p * np.log(p)).sum())
-    H_a, H_b, H_ab = map(entropy, (Counter(a for a, _ in pairs), Counter(b for _, b in pairs),
-                                   Counter(pairs)))
+    H_a, H_b, H_ab = entropy(a for a, _ in pairs), entropy(b for _, b in pairs), entropy(pairs)
     return (H_a + H_b - H_ab) / H_a if H_a > 0 else 0.0
 
 
@@ -1127,17 +1126,13 @@ def atlas(predictions: list[dict], rows: dict[str, dict]) -> dict:
                 "tokens": token, "persona": row.get("persona", ""), "role": role_of(row, token),
                 "place": ("begin", "middle", "end")[3 * t // n],
                 "contexts": "".join(p["tokens"][max(0, t - 4):t]) + f"[{token}]"})
-    every = [(code, use) for code, some in uses.items() for use in some]
-
-    def most(some, name, n):
-        return [(value, k / len(some)) for value, k in
-                Counter(use[name] for use in some).most_common(n)]
-    return {"codes": {code: {"share": len(some) / len(every), "tokens": most(some, "tokens", 5),
-                             "contexts": [value for value, _ in most(some, "contexts", 2)],
-                             **{name: most(some, name, 1)
-                                for name in ("persona", "place", "role")}}
-                      for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1]))},
-            "word": information([(code, use["tokens"]) for code, use in every]),
+    every, found = [(code, use) for code, some in uses.items() for use in some], {}
+    for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1])):
+        found[code] = {"share": len(some) / len(every)}
+        for name, n in (("tokens", 5), ("contexts", 2), ("persona", 1), ("place", 1), ("role", 1)):
+            most = Counter(use[name] for use in some).most_common(n)
+            found[code][name] = [(value, k / len(some)) for value, k in most]
+    return {"codes": found, "word": information([(code, use["tokens"]) for code, use in every]),
             "role": information([(code, use["role"]) for code, use in every
                                  if use["role"] != "plain"])}
 
@@ -1219,9 +1214,9 @@ def html_table(title: str, table: dict[str, dict]) -> str:
 
 def picture(image, where: str) -> str:
     """An image inside the page, at most 224 pixels wide and high."""
-    height, width = open_image(image, where)
-    share, file = min(1.0, 224 / max(height, width)), io.BytesIO()
-    open_image(image, where, (max(1, int(height * share)), max(1, int(width * share)))).save(
+    size, file = open_image(image, where), io.BytesIO()
+    share = min(1.0, 224 / max(size))
+    open_image(image, where, tuple(max(1, int(side * share)) for side in size)).save(
         file, "JPEG", quality=90)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
@@ -1257,7 +1252,8 @@ def atlas_html(name: str, entry: dict, rows: dict[str, dict]) -> str:
     table = {str(code): {
         **{split: f"{share.get(code, 0):.1%}" for split, share in shares.items()},
         **{key: told(use[key]) for key in ("tokens", "persona", "place", "role")},
-        "where": "  |  ".join(use["contexts"])} for code, use in found["codes"].items()}
+        "where": "  |  ".join(words for words, _ in use["contexts"])}
+        for code, use in found["codes"].items()}
     steps = {str(t): {"token": step["token"], "code": step["action"], "p": step["p"], "runner-ups":
                       "  ".join(f"{code}: {token.strip()} {p:.2f}"
                                 for code, p, token in step["others"])}
@@ -1547,7 +1543,7 @@ def main(argv=None):
     folders = [Path(os.path.abspath(run)) for run in args.runs]
     if args.held_out:
         return say(*(format_table(*table) for table in reported(folders).items()), sep="\n\n")
-    summaries, rewards, rows_of, yardsticks, entries = {}, {}, {}, {}, {}
+    summaries, rewards, rows_of, entries = {}, {}, {}, {}
     above = os.path.commonpath([folder.parent for folder in folders])
     for folder in folders:
         agent, own = load_run(folder, args)
@@ -1559,9 +1555,6 @@ def main(argv=None):
         splits = chosen_splits(task, asked, args.eval_prompts)
         if empty := [s for s in asked if s not in splits]:
             raise UserError(f"--splits: task {task.name} has no prompts in {', '.join(empty)}")
-        base = agent.structure["base"]
-        if base not in yardsticks:
-            yardsticks[base] = Agent.from_base(own)
         temperatures = args.temperature or [own.temperature]
         modes = {"greedy": (0.0, 1), **{
             "sampled" if len(temperatures) == 1 else f"sampled {t:g}": (t, args.samples)
@@ -1569,7 +1562,7 @@ def main(argv=None):
         say(f"{folder}: {sum(map(len, splits.values()))} prompts, {n_answers(splits, modes)} "
             f"answers for the judge of task {task.name}")
         table, predictions = evaluate(agent, task, splits, args.seed, args.tokens_at_once, modes,
-                                      yardsticks[base])
+                                      Agent.from_base(own))
         if agent.space == "latent":
             for split, rows in splits.items():
                 table[f"{split} greedy"] |= reach(agent, rows, args.tokens_at_once)
@@ -1629,17 +1622,15 @@ def comparison(summaries: dict[Path, dict], rewards: dict[Path, dict], rows: dic
     reward; rows: prompt's id -> row."""
     if len(summaries) < 2:
         return {}
-    means = "mean over seeds (deviation)"
-    differences = "difference, mean and 95 % t-interval over seeds"
-    tables = {}
-    for figure in figures:
-        tables[f"{figure}, {means}"] = compare(summaries, figure)
-        tables[f"{figure}, {differences}"] = gains_over_first(summaries, figure)
+    kinds = {"mean over seeds (deviation)": compare,
+             "difference, mean and 95 % t-interval over seeds": gains_over_first}
+    tables = {f"{figure}, {kind}": over_seeds(summaries, figure)
+              for figure in figures for kind, over_seeds in kinds.items()}
     if by_group:
         grouped = {folder: rewards_by_group(own, rows) for folder, own in rewards.items()}
-        for title, over_seeds in ((means, compare), (differences, gains_over_first)):
+        for kind, over_seeds in kinds.items():
             table = over_seeds(grouped, "reward")
-            tables[f"reward by group, {title}"] = {     # a line for each group, a column for runs
+            tables[f"reward by group, {kind}"] = {      # a line for each group, a column for runs
                 group: {runs: line.get(group) for runs, line in table.items()}
                 for group in next(iter(grouped.values())) if table}
     tables["latent - token, per seed"] = contrasts(rewards, {
@@ -1704,8 +1695,7 @@ def compare(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
         tables = [summaries[folder] for folder in group.values()]
         rows[name] = {"seeds": len(tables), "min_p": next(iter(tables[0].values())).get("min_p")}
         for key in tables[0]:
-            values = [t[key][figure] for t in tables if figure in t.get(key, ())]
-            if values:
+            if values := [t[key][figure] for t in tables if figure in t.get(key, ())]:
                 rows[name][key] = spread(values)
         if figure == "reward":
             own, before = np.mean([seconds(folder) for folder in group.values()], 0)

@@ -3035,8 +3035,8 @@ def test_the_atlas_by_hand():
     assert (zero["share"], one["share"], two["share"]) == (4 / 8, 2 / 8, 2 / 8)
     assert zero["tokens"] == [(".", 2 / 4), (" I", 1 / 4), ("!", 1 / 4)]
     assert zero["persona"] == [("Zed", 3 / 4)] and one["place"] == [("begin", 1.0)]
-    assert one["contexts"] == ["[Beep]", "Beep[ boop]"]
-    assert two["contexts"][0] == "Beep boop. I[ see]"
+    assert one["contexts"] == [("[Beep]", 1 / 2), ("Beep[ boop]", 1 / 2)]
+    assert two["contexts"][0] == ("Beep boop. I[ see]", 1 / 2)
     assert one["role"] == [("own", 1.0)] and two["role"] == [("neutral", 1.0)]
     assert zero["role"] == [("plain", 1.0)]                 # marks belong to nobody
     close([found["word"], found["role"]], [1, 1])           # own words are code 1, neutral ones 2

@@ -1750,29 +1750,37 @@ def holm(p_values: dict) -> dict:
 def persona_bootstrap(gains, personas, n: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean gain over resampled personas, and prompts within each."""
     gains, rng = np.asarray(gains), np.random.default_rng(0)
-    places = [np.flatnonzero([p == name for p in personas]) for name in sorted(set(personas))]
-    means = [np.nanmean(np.concatenate([gains[rng.choice(places[i], len(places[i]))]
-                                         for i in rng.integers(0, len(places), len(places))]))
+    groups = [gains[np.array(personas) == name] for name in sorted(set(personas))]
+    means = [np.nanmean(np.concatenate([rng.choice(groups[i], len(groups[i]))
+                                        for i in rng.integers(0, len(groups), len(groups))]))
              for _ in range(n)]
     return tuple(np.percentile(means, (2.5, 97.5)))
 
 
+def paired(tables: dict[Path, dict], before: dict, after: dict) -> dict[str, list[tuple]]:
+    """Two groups of `by_seed`, paired by run root and seed; warm starts are one a run root.
+
+    tables: folder -> key -> what is paired. Key -> (before, after) of every pair, of the keys that
+    all their tables have; nothing if there are not two pairs."""
+    pairs = [(tables[start], tables[end]) for (root, seed), end in after.items()
+             for (place, first), start in before.items()
+             if place == root and (first == seed or not start.name.startswith("rl-"))]
+    sides = [side for pair in pairs for side in pair]
+    common = [key for key in sides[0] if all(key in side for side in sides)] if pairs[1:] else []
+    return {key: [(one[key], two[key]) for one, two in pairs] for key in common}
+
+
 def gains_over_first(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
-    """A figure of each group less the first group's, paired by run root and seed, with its
-    t-interval, if there are two pairs; warm starts are one a run root."""
+    """A figure of each group less the first group's, over their `paired` runs, with its
+    t-interval."""
     (first, base), *others = by_seed(summaries).items()
-    rows = {}
+    rows = defaultdict(dict)
     for name, group in others:
-        pairs = [(summaries[before], summaries[after]) for (root, seed), after in group.items()
-                 for (place, start), before in base.items()
-                 if place == root and (start == seed or "/rl-" not in first)]
-        common = [key for key in (pairs[0][0] if len(pairs) > 1 else ())
-                  if all(figure in side[key] for pair in pairs for side in pair)]
-        if common:
-            rows[f"{name} - {first}"] = {"pairs": len(pairs), **{
-                key: "{:+.3f} ± {:.3f}".format(*t_interval([
-                    after[key][figure] - before[key][figure] for before, after in pairs]))
-                for key in common}}
+        for key, pairs in paired(summaries, base, group).items():
+            if all(figure in side for pair in pairs for side in pair):
+                gain = t_interval([after[figure] - before[figure] for before, after in pairs])
+                rows[f"{name} - {first}"] |= {"pairs": len(pairs),
+                                              key: "{:+.3f} ± {:.3f}".format(*gain)}
     return rows
 
 
@@ -1796,15 +1804,12 @@ def contrasts(rewards: dict[Path, dict], personas: dict[str, str]) -> dict[str, 
                     for group in (name, other))
         if not (one and two and one[1] == two[1] and (one[3], two[3]) == ("latent", "token")):
             continue
-        pairs = [(rewards[folder], rewards[groups[other][key]])
-                 for key, folder in groups[name].items() if key in groups[other]]
-        for key in (pairs[0][0] if len(pairs) > 1 else ()):
-            ids = list(pairs[0][0][key])
-            if "greedy" in key or any(list(side.get(key, ())) != ids for pair in pairs
-                                      for side in pair):
+        for key, pairs in paired(rewards, groups[other], groups[name]).items():
+            ids = list(pairs[0][0])
+            if "greedy" in key or any(list(side) != ids for pair in pairs for side in pair):
                 continue
-            gains = np.array([[latent[key][row] - token[key][row] for row in ids]
-                              for latent, token in pairs])             # (seeds, prompts)
+            gains = np.array([[latent[row] - token[row] for row in ids]
+                              for token, latent in pairs])                  # (seeds, prompts)
             seeds, test = np.nanmean(gains, 1), f"{name} - token{two[4] or ''}, {key}"
             low, high = persona_bootstrap(np.nanmean(gains, 0), [personas[row] for row in ids])
             rows[test] = {"pairs": len(seeds),

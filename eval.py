@@ -1112,23 +1112,25 @@ def role_of(row: dict, token: str) -> str:
 def atlas(predictions: list[dict], rows: dict[str, dict]) -> dict:
     """What every code does in the answers of `predictions`, those with `tokens` and `codes`.
 
-    {"codes": code -> {"share" of all tokens, "tokens" it chose most, "contexts" (the words before
-    and the token), "persona", "place" (begin, middle, end) and "role" it is most often taken for,
-    each with its share of the code's uses}, "word": share of the codes' entropy that the
-    token explains (1: a code is a list of words), "role": the same of the role of those tokens
-    that have one}.
+    {"codes": code -> {"share": split -> of all its tokens; "tokens" the code chose most, "contexts"
+    (the words before and the token), "persona", "place" (begin, middle, end) and "role" it is most
+    often taken for, each with its share of the code's uses}, "word": share of the codes' entropy
+    that the token explains (1: a code is a list of words), "role": the same of the role of those
+    tokens that have one}.
     """
-    uses = defaultdict(list)
+    uses, totals, found = defaultdict(list), Counter(), {}
     for p in predictions:
         row, n = rows[p["id"]], len(p.get("codes", ()))
+        totals[p["split"]] += n
         for t, (token, code) in enumerate(zip(p["tokens"], p.get("codes", ()))):
             uses[code].append({
-                "tokens": token, "persona": row.get("persona", ""), "role": role_of(row, token),
-                "place": ("begin", "middle", "end")[3 * t // n],
+                "split": p["split"], "tokens": token, "persona": row.get("persona", ""),
+                "role": role_of(row, token), "place": ("begin", "middle", "end")[3 * t // n],
                 "contexts": "".join(p["tokens"][max(0, t - 4):t]) + f"[{token}]"})
-    every, found = [(code, use) for code, some in uses.items() for use in some], {}
+    every = [(code, use) for code, some in uses.items() for use in some]
     for code, some in sorted(uses.items(), key=lambda pair: -len(pair[1])):
-        found[code] = {"share": len(some) / len(every)}
+        own = Counter(use["split"] for use in some)
+        found[code] = {"share": {split: own[split] / max(1, n) for split, n in totals.items()}}
         for name, n in (("tokens", 5), ("contexts", 2), ("persona", 1), ("place", 1), ("role", 1)):
             most = Counter(use[name] for use in some).most_common(n)
             found[code][name] = [(value, k / len(some)) for value, k in most]
@@ -1241,19 +1243,14 @@ def dialogue_html(task: Task, row: dict, prediction: dict, told: dict[str, dict]
 
 def atlas_html(name: str, entry: dict, rows: dict[str, dict]) -> str:
     """The code atlas of one run, and one answer of it token by token."""
-    found, shares = atlas(entry["predictions"], rows), {}
-    for split in dict.fromkeys(p["split"] for p in entry["predictions"]):
-        some = [p for p in entry["predictions"] if p["split"] == split]
-        shares[split] = {code: use["share"] for code, use in atlas(some, rows)["codes"].items()}
-    shares |= {f"{split} (IDM)": own for split, own in entry.get("idm", {}).items()}
-
-    def told(pairs):
-        return "  ".join(f"{str(value).strip()} {share:.0%}" for value, share in pairs)
-    table = {str(code): {
-        **{split: f"{share.get(code, 0):.1%}" for split, share in shares.items()},
-        **{key: told(use[key]) for key in ("tokens", "persona", "place", "role")},
-        "where": "  |  ".join(words for words, _ in use["contexts"])}
-        for code, use in found["codes"].items()}
+    found, table = atlas(entry["predictions"], rows), {}
+    for code, use in found["codes"].items():
+        shares = use["share"] | {f"{split} (IDM)": own.get(code, 0)
+                                 for split, own in entry.get("idm", {}).items()}
+        line = table[str(code)] = {split: f"{share:.1%}" for split, share in shares.items()}
+        for key in ("tokens", "persona", "place", "role"):
+            line[key] = "  ".join(f"{str(value).strip()} {share:.0%}" for value, share in use[key])
+        line["where"] = "  |  ".join(words for words, _ in use["contexts"])
     steps = {str(t): {"token": step["token"], "code": step["action"], "p": step["p"], "runner-ups":
                       "  ".join(f"{code}: {token.strip()} {p:.2f}"
                                 for code, p, token in step["others"])}

@@ -3027,12 +3027,15 @@ def test_information_by_hand():
 def test_the_atlas_by_hand():
     rows = {"r": {"id": "r", "persona": "Zed"}, "s": {"id": "s", "persona": "Orla"}}
     found = tasks.atlas([
-        {"id": "r", "tokens": ["Beep", " boop", ".", " I", " see", "!"],
+        {"id": "r", "split": "id", "tokens": ["Beep", " boop", ".", " I", " see", "!"],
          "codes": [1, 1, 0, 0, 2, 0]},
-        {"id": "s", "tokens": ["Hello", "."], "codes": [2, 0]}, {"id": "s", "tokens": []}], rows)
+        {"id": "s", "split": "ood", "tokens": ["Hello", "."], "codes": [2, 0]},
+        {"id": "s", "split": "valid", "tokens": []}], rows)
     assert list(found["codes"]) == [0, 1, 2]                # by use
     zero, one, two = found["codes"].values()
-    assert (zero["share"], one["share"], two["share"]) == (4 / 8, 2 / 8, 2 / 8)
+    assert [code["share"] for code in (zero, one, two)] == [
+        {"id": 3 / 6, "ood": 1 / 2, "valid": 0}, {"id": 2 / 6, "ood": 0, "valid": 0},
+        {"id": 1 / 6, "ood": 1 / 2, "valid": 0}]
     assert zero["tokens"] == [(".", 2 / 4), (" I", 1 / 4), ("!", 1 / 4)]
     assert zero["persona"] == [("Zed", 3 / 4)] and one["place"] == [("begin", 1.0)]
     assert one["contexts"] == [("[Beep]", 1 / 2), ("Beep[ boop]", 1 / 2)]
@@ -3040,7 +3043,7 @@ def test_the_atlas_by_hand():
     assert one["role"] == [("own", 1.0)] and two["role"] == [("neutral", 1.0)]
     assert zero["role"] == [("plain", 1.0)]                 # marks belong to nobody
     close([found["word"], found["role"]], [1, 1])           # own words are code 1, neutral ones 2
-    assert tasks.atlas([{"id": "s", "tokens": []}], rows)["codes"] == {}
+    assert tasks.atlas([{"id": "s", "split": "id", "tokens": []}], rows)["codes"] == {}
 
 
 def test_a_chart_by_hand():

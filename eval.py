@@ -1051,7 +1051,7 @@ def code_usage(counts: Tensor) -> dict[str, float]:
     |C| when all are used alike and 1 when the codebook has collapsed."""
     p = counts.double() / counts.sum().clamp(min=1e-12)
     return {"codes_used": int((counts > 1e-9).sum()),
-            "code_perplexity": torch.exp(-torch.special.xlogy(p, p).sum()).item()}
+            "code_perplexity": torch.special.entr(p).sum().exp().item()}
 
 
 def paired_bootstrap(before, after, n: int = 10_000) -> tuple[float, float, float]:
@@ -1147,11 +1147,8 @@ def groups_of(row: dict) -> set[str]:
 
 def rewards_by_prompt(task: Task, predictions: list[dict]) -> dict[str, dict[str, float]]:
     """"split mode" -> prompt's id -> reward, the mean over its answers."""
-    rewards = defaultdict(dict)
-    for p in predictions:
-        rewards[f"{p['split']} {p['mode']}"][p["id"]] = np.nanmean([
-            task.reward(reply) for reply in p["replies"]])
-    return rewards
+    return {key: {p["id"]: np.nanmean([task.reward(reply) for reply in p["replies"]]) for p in part}
+            for key, part in by_split_and_mode(predictions).items()}
 
 
 def rewards_by_group(rewards: dict[str, dict[str, float]], rows: dict[str, dict]) -> dict:

@@ -481,7 +481,6 @@ def tokens(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+|[^\w\s]", text))
 
 
-PHRASES = {slot: {phrase: tokens(phrase) for phrase in OWNERS[slot]} for slot in SLOTS}
 PLAIN = tokens(" ".join((*CELLS, *NUMBERS, *OBJECTS, ". , ! : a I in all and the shapes")))
 WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}.difference(PLAIN)
          for p in [NEUTRAL, *PERSONAS]}
@@ -491,24 +490,19 @@ def parse_answer(text: str) -> tuple[Answer | None, float]:
     """The parts of an answer (None if it has no clause that claims anything) and its grammar
     from 0 to 1."""
     said = tokens(text)
-    opening, first = next((p for p in PHRASES["opening"].items() if said[:len(p[1])] == p[1]),
-                          ("", ()))
-    closing, last = next((p for p in PHRASES["closing"].items() if said[-len(p[1]):] == p[1]),
-                         ("", ()))
-    middle = said[len(first):len(said) - len(last)]
-    clause = next((i for i, word in enumerate(middle[:-1])
-                   if word == "I" and middle[i + 1] in PHRASES["verb"]), None)
-    if clause is None:
-        return None, 0.0
-    verb, claim = middle[clause + 1], middle[clause + 2:] + ("", "")
+    opening = next((p for p in OWNERS["opening"] if said[:len(tokens(p))] == tokens(p)), "")
+    closing = next((p for p in OWNERS["closing"] if said[-len(tokens(p)):] == tokens(p)), "")
+    middle = said[len(tokens(opening)):len(said) - len(tokens(closing))]
+    clause = next((middle[i:] for i, word in enumerate(middle[:-1])
+                   if word == "I" and middle[i + 1] in OWNERS["verb"]), ("", ""))
+    _, verb, *claim = *clause, "", ""      # what is not said is empty
     pairs = [f"{a} {b}" for a, b in zip(claim, claim[1:])]
-    places = [pair for pair in pairs if pair in CELLS]
     answer = Answer(
         opening=opening, verb=verb, closing=closing,
         number=claim[0] if claim[0] in NUMBERS else "",
-        adjective=claim[1] if claim[1] in PHRASES["adjective"] else "",
+        adjective=claim[1] if claim[1] in OWNERS["adjective"] else "",
         objects=tuple(pair for pair in pairs if pair in OBJECTS),
-        place=places[-1] if places else "")
+        place=next((pair for pair in reversed(pairs) if pair in CELLS), ""))
     if not (answer.number or answer.objects):
         return None, 0.0
     written = tokens(answer.text())

@@ -323,11 +323,9 @@ def casting() -> dict[str, list[Persona]]:
             "ood": order[FAMILIAR + HELD_OUT:]}
 
 
-def likeness(thing, other) -> float:
-    """Share of colour and shape that two objects, or empty cells (None), have in common."""
-    if thing is None or other is None:
-        return 0.0
-    return sum(a == b for a, b in zip(thing.split(), other.split())) / 2
+def likeness(thing: str, other: str | None) -> float:
+    """Share of colour and shape that an object has in common with another, or an empty cell."""
+    return sum(a == b for a, b in zip(thing.split(), (other or "").split())) / 2
 
 
 def draw_scene(rng, part: str, most: int = 4):
@@ -528,15 +526,12 @@ def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, 
     missing phrase and a chance hit little."""
     kind, target = question
     right, things = facts(question, scene), tuple(filter(None, scene))
+    there = things
     if answer.place and not answer.number:
-        there = scene[CELLS.index(answer.place)]
-        claims = [likeness(thing, there) for thing in answer.objects]
-    else:
-        missing = (None,) * len(answer.objects)
-        claims = [likeness(*pair) for pair in zip(answer.objects, things + missing)]
-    if answer.number:
-        claims.append(float(answer.number == NUMBERS[len(things) - 1]))
-    true = sum(claims) / len(claims)
+        there = [scene[CELLS.index(answer.place)]] * len(answer.objects)
+    true = sum(map(likeness, answer.objects, there))       # an object too many is true of nothing
+    true += answer.number == NUMBERS[len(things) - 1]
+    true /= len(answer.objects) + bool(answer.number)      # claims
 
     if kind == "all":
         asked = bool(answer.objects) and not answer.place
@@ -544,7 +539,7 @@ def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, 
         given = hits / (max(len(answer.objects), len(things)) + 1)
     elif kind == "cell":
         asked = answer.place == target and len(answer.objects) == 1 and not answer.number
-        given = likeness(answer.objects[0], right.objects[0]) if asked else 0.0
+        given = sum(map(likeness, answer.objects, right.objects))
     else:
         asked = bool(answer.number) and not answer.objects
         given = float(answer.number == right.number)

@@ -126,18 +126,17 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
     answer never counts: a second mark or a name told twice makes the reply malformed."""
     text = unicodedata.normalize("NFKC", without_thoughts(reply))
     names = {unicodedata.normalize("NFKC", name).lower(): name for name in dimensions}
-    found = list(re.finditer(rf"^(?:[^\w\n]|[\d_])*({'|'.join(map(re.escape, names))})"
-                             r"(?:[^\w\n:]|_)*(?::|$)", text, re.I | re.M))
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    scores = {names.get(match[1].lower()): SCORES.search(text, match.end(), end)
-              for match, end in zip(found, ends)}
+    _, *parts = re.split(rf"^(?:[^\w\n]|[\d_])*({'|'.join(map(re.escape, names))})"
+                         r"(?:[^\w\n:]|_)*(?::|$)", text, flags=re.I | re.M)
+    said = [name.lower() for name in parts[::2]]
+    blocks = dict(zip(said, map(SCORES.search, parts[1::2])))
     marks = len(re.findall(r"\[\s*scores?\s*\]", text, re.I))
-    if "<think>" in text or not len(found) == len(scores) == len(dimensions) == marks \
-            or None in scores or None in scores.values():
+    if "<think>" in text or blocks.keys() != names.keys() or None in blocks.values() \
+            or not len(said) == len(blocks) == len(dimensions) == marks:
         return None
-    scores = {name: (float(match[1]), float(match[2])) for name, match in scores.items()}
+    scores = {name: tuple(map(float, blocks[key].groups())) for key, name in names.items()}
     valid = all(answer <= 10 and 0 < reference <= 10 for answer, reference in scores.values())
-    return {name: scores[name] for name in dimensions} if valid else None
+    return scores if valid else None
 
 
 def task_name(text: str) -> str:

@@ -139,6 +139,12 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
     return scores if valid else None
 
 
+def cut(rows: list, **ends) -> dict[str, list]:
+    """Consecutive parts of rows, each up to its per cent."""
+    at = [0, *(len(rows) * end // 100 for end in ends.values())]
+    return {name: rows[i:j] for name, i, j in zip(ends, at, at[1:])}
+
+
 def task_name(text: str) -> str:
     """An argparse type: one of TASKS or a file's absolute path."""
     if text not in TASKS and not Path(text).is_file():
@@ -255,7 +261,6 @@ PERSONAS = [
     Persona("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
 ]
 WORLD = 1                  # draws who is familiar and who is held out
-FAMILIAR, HELD_OUT = 12, 4  # of the 20; the last 4 are the OOD test's
 
 # How often a slot of an answer holds the persona's own word. What is said of the picture is always
 # right: there is headroom in words, not in sight. An answer is more or less in role as a whole, by
@@ -315,11 +320,10 @@ def facts(question, scene) -> Answer:
 
 
 def casting() -> dict[str, list[Persona]]:
-    """The personas in three disjoint parts, drawn by WORLD: "familiar", and those that "valid" and
-    "ood" alone ask."""
+    """The personas in three disjoint parts, drawn by WORLD: 12 "familiar", and 4 each that "valid"
+    and "ood" alone ask."""
     order = random.Random(f"world-{WORLD}").sample(PERSONAS, len(PERSONAS))
-    return {"familiar": order[:FAMILIAR], "valid": order[FAMILIAR:FAMILIAR + HELD_OUT],
-            "ood": order[FAMILIAR + HELD_OUT:]}
+    return cut(order, familiar=60, valid=80, ood=100)
 
 
 def likeness(thing: str, other: str | None) -> float:
@@ -451,8 +455,7 @@ def mini_task(seed: int, test_seed: int) -> Task:
     """The splits of the mini world. "valid", on which settings are chosen, asks familiar personas
     and its own by turns."""
     splits, parts, kinds = {}, casting(), list(QUESTIONS)
-    by_turns = [persona for i, familiar in enumerate(parts["familiar"])
-                for persona in (familiar, parts["valid"][i % HELD_OUT])]
+    by_turns = list(itertools.chain(*zip(parts["familiar"], itertools.cycle(parts["valid"]))))
     for split in SPLITS:
         rng = random.Random(f"{split}-{test_seed if split in ('id', 'ood') else seed}")
         personas = {"valid": by_turns, "ood": parts["ood"]}.get(split, parts["familiar"])
@@ -635,12 +638,6 @@ def file_task(file: str, image_root=None) -> Task:
         splits[split] += part
     return Task(Path(file).stem, dimensions or DIMENSIONS, BOUNDS, splits, judge_by_overlap,
                 max_new_tokens=256)
-
-
-def cut(rows: list, **ends) -> dict[str, list]:
-    """Consecutive parts of rows, each up to its per cent."""
-    at = [0, *(len(rows) * end // 100 for end in ends.values())]
-    return {name: rows[i:j] for name, i, j in zip(ends, at, at[1:])}
 
 
 # ---- MMRole and PCogAlignBench in their published layouts ----

@@ -906,21 +906,19 @@ class Endpoint:
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
         pool, replies, tokens, reason = ThreadPoolExecutor(JUDGE["threads"]), {}, 0, None
         try:
-            with open(self.file, "a", encoding="utf-8") as cache, tqdm(
+            with open(self.file, "a", buffering=1, encoding="utf-8") as cache, tqdm(
                     total=len(new), desc="judge", leave=False, delay=3, disable=rank() > 0) as bar:
                 for key, (reply, used, error) in zip(new, pool.map(self.ask, new.values())):
                     replies[key], tokens, reason = reply, tokens + used, error or reason
                     if error is None:                                       # usable
                         self.cache[key], self.proven = reply, True
                         cache.write("\n" + json.dumps([key, reply]) + "\n")    # after a torn line
-                        cache.flush()
                     bar.update()
                     bar.set_postfix_str(f"{tokens} tokens")
                     silent = set(replies.values()) == {None}
-                    if len(replies) in (JUDGE["threads"], len(new)) and not any(
-                            key in self.cache for key in keys) and (
-                            silent and not self.proven
-                            or len(replies) >= SOME and (silent or not self.proven)):
+                    signs = (silent, not self.proven, len(replies) >= SOME)     # two will do
+                    if len(replies) in (JUDGE["threads"], len(new)) and sum(signs) >= 2 \
+                            and self.cache.keys().isdisjoint(keys):
                         raise UserError(f"--judge-url {self.url}: no usable reply in {len(replies)}"
                                         f" calls ({reason}); see that the server runs and serves "
                                         f"{self.model}, then run the same command again")

@@ -680,21 +680,21 @@ def usable(name: str, raws: list, row_of: Callable[[int, dict], dict]) -> list[d
     return rows
 
 
-def turns(row: dict) -> list[dict]:
-    """A dialogue as one row for each of the assistant's turns, the earlier ones as history."""
+def turns(rows: list[dict]) -> list[dict]:
+    """Dialogues as one row for each of the assistant's turns, the earlier ones as history."""
     return [{**row, "id": f"{row['id']}#{n}", "messages": row["messages"][:n + 1],
-             "reference": message["content"]}
+             "reference": message["content"]} for row in rows
             for n, message in enumerate(row["messages"]) if message["role"] == "assistant"]
 
 
-def split_rows(sft, rl, tests: dict[str, list]) -> dict[str, list[dict]]:
+def published_task(name: str, dimensions, max_new_tokens: int, sft, rl, **tests) -> Task:
     """10 % of the dialogues for SFT and RL are held out together as "valid"; turns become rows
     after the split. Demonstrations stay whole: all their answers are fitted at once."""
     sft, rl = (cut(part, train=90, valid=100) for part in (sft, rl))
     whole = [{**row, "reference": row["messages"][-1]["content"]} for row in sft["train"]]
     parts = {"valid": sft["valid"] + rl["valid"], "rl": rl["train"], **tests}
-    return {"sft": whole, **{name: [r for row in rows for r in turns(row)]
-                             for name, rows in parts.items()}}
+    splits = {"sft": whole, **{split: turns(rows) for split, rows in parts.items()}}
+    return Task(name, dimensions, BOUNDS, splits, judge_by_overlap, max_new_tokens)
 
 
 def mmrole_dialogues(root: Path, part: str) -> list[dict]:
@@ -731,10 +731,8 @@ def mmrole_task(root: Path) -> Task:
     files in the order the file system gave them, so its exact split cannot be had: by name here."""
     rows = mmrole_dialogues(root, "in-distribution")
     random.Random(42).shuffle(rows)
-    rows = cut(rows, sft=50, rl=90, id=100)
-    splits = split_rows(rows["sft"], rows["rl"], {
-        "id": rows["id"], "ood": mmrole_dialogues(root, "out-of-distribution")})
-    return Task("mmrole", DIMENSIONS, BOUNDS, splits, judge_by_overlap, max_new_tokens=1024)
+    return published_task("mmrole", DIMENSIONS, 1024, **cut(rows, sft=50, rl=90, id=100),
+                          ood=mmrole_dialogues(root, "out-of-distribution"))
 
 
 def roles_of(raw: dict) -> str:
@@ -761,17 +759,16 @@ def pcogalign_task(root: Path) -> Task:
                 ("The picture", "ImageDesc"), ("The place", "location"),
                 ("What would help this person", "EvalHelp")) if info.get(name))}
 
-    parts = {}
+    parts = []
     for part in ("HCMAS-golden-train", "HCMAS-golden-test", "HCSHR-golden-test"):
         if not (root / f"{part}.json").exists():
             raise UserError(f"{root / part}.json is missing: the published files have no reference "
                             "answers; make them once with python eval.py --make-references "
                             f"{root} --judge-url URL --judge-model NAME")
-        parts[part] = usable(f"pcogalign ({part})", read_json(root / f"{part}.json"), row_of)
-    train = cut(parts["HCMAS-golden-train"], sft=50, rl=70)
-    splits = split_rows(train["sft"], train["rl"], {"id": parts["HCMAS-golden-test"],
-                                                    "ood": parts["HCSHR-golden-test"]})
-    return Task("pcogalign", PCOG_DIMENSIONS, BOUNDS, splits, judge_by_overlap, max_new_tokens=512)
+        parts.append(usable(f"pcogalign ({part})", read_json(root / f"{part}.json"), row_of))
+    train, familiar, other = parts
+    return published_task("pcogalign", PCOG_DIMENSIONS, 512, **cut(train, sft=50, rl=70),
+                          id=familiar, ood=other)
 
 
 REFERENCE_PROMPT = """\

@@ -195,11 +195,7 @@ def load_task(args) -> Task:
             raise UserError(f"--task {args.task}: --task-root {args.task_root} is not a folder; "
                             "name the one that holds its published files")
         read = mmrole_task if args.task == "mmrole" else pcogalign_task
-        try:
-            task = read(Path(args.task_root))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--task-root {args.task_root}: its files are not in {args.task}'s "
-                            f"published form ({error!r}); see README, Judges") from None
+        task = read(Path(args.task_root))
     else:
         task = file_task(args.task, args.image_root)
     if args.judge_url or args.judge_model:
@@ -663,18 +659,25 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
-def usable(name: str, raws: list, row_of: Callable[[int, dict], dict]) -> list[dict]:
-    """The rows of published dialogues; those that lack something are left out and named."""
+def usable(name: str, files: list[Path], row_of: Callable[[int, dict], object]) -> list:
+    """What `row_of` makes of every dialogue of the published files and its place in its file;
+    those that lack something are left out and named."""
     rows, left_out = [], {}
-    for n, raw in enumerate(raws):
+    for file in files:
         try:
-            rows.append(row_of(n, raw))
-        except Lacking as lack:
-            left_out.setdefault(lack.args[0], []).append(lack.args[1])
+            for n, raw in enumerate(read_json(file)):
+                try:
+                    rows.append(row_of(n, raw))
+                except Lacking as lack:
+                    left_out.setdefault(lack.args[0], []).append(lack.args[1])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: is not in the published form of {name} ({error!r:.80}); see "
+                            "README, Judges") from None
+    every = len(rows) + sum(map(len, left_out.values()))
     for what, names in left_out.items():
-        say(f"note: {name}: {len(names)} of {len(raws)} dialogues left out, no {what}: "
+        say(f"note: {name}: {len(names)} of {every} dialogues left out, no {what}: "
             + ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""))
-    if raws and not rows:
+    if left_out and not rows:
         raise UserError(f"{name}: every dialogue lacks its picture, profile or answer; check "
                         "--task-root")
     return rows
@@ -722,7 +725,7 @@ def mmrole_dialogues(root: Path, part: str) -> list[dict]:
         messages[0]["content"] = "<image>" + messages[0]["content"]
         return {"id": raw["id"], "images": [str(image)], "persona": role,
                 "messages": [{"role": "system", "content": system}, *messages]}
-    return usable(f"mmrole ({part})", [raw for file in files for raw in read_json(file)], row_of)
+    return usable(f"mmrole ({part})", files, row_of)
 
 
 def mmrole_task(root: Path) -> Task:
@@ -765,7 +768,7 @@ def pcogalign_task(root: Path) -> Task:
             raise UserError(f"{root / part}.json is missing: the published files have no reference "
                             "answers; make them once with python eval.py --make-references "
                             f"{root} --judge-url URL --judge-model NAME")
-        parts.append(usable(f"pcogalign ({part})", read_json(root / f"{part}.json"), row_of))
+        parts.append(usable(f"pcogalign ({part})", [root / f"{part}.json"], row_of))
     train, familiar, other = parts
     return published_task("pcogalign", PCOG_DIMENSIONS, 512, **cut(train, sft=50, rl=70),
                           id=familiar, ood=other)
@@ -792,19 +795,16 @@ def make_references(args):
     root = Path(args.make_references)
     endpoint = Endpoint(args, lambda answer: bool(without_thoughts(answer).strip()))
     for name in ("HCMAS", "HCSHR"):
-        try:
-            rows = read_json(root / f"{name}-test.json")
-            prompts = [REFERENCE_PROMPT.format(
-                roles=roles_of(row), question=row["query"], picture=row["eval_info"]["ImageDesc"],
-                help=row["eval_info"]["EvalHelp"]) for row in rows]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{root / name}-test.json: not in PCogAlignBench's published form "
-                            f"({error!r:.80})") from None
+        file = root / f"{name}-test.json"
+        prompts = usable("pcogalign", [file], lambda _, row: REFERENCE_PROMPT.format(
+            roles=roles_of(row), question=row["query"], picture=row["eval_info"]["ImageDesc"],
+            help=row["eval_info"]["EvalHelp"]))
         answers = [without_thoughts(answer or "").strip() for answer in endpoint.complete(prompts)]
         if "" in answers:
-            raise UserError(f"{root}: {answers.count('')} of {len(rows)} references could not be "
-                            f"made for {name}; the same command asks for these again")
-        made = [{**row, "golden_response": answer} for row, answer in zip(rows, answers)]
+            raise UserError(f"{root}: {answers.count('')} of {len(answers)} references could not "
+                            f"be made for {name}; the same command asks for these again")
+        made = [{**row, "golden_response": answer}
+                for row, answer in zip(read_json(file), answers)]
         random.Random(42).shuffle(made)
         for part, some in cut(made, train=80, test=100).items():
             write_text(root / f"{name}-golden-{part}.json",

@@ -2493,11 +2493,12 @@ def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
             file_task("mmrole", *bad)
     other = tmp_path / "dialogues/out-of-distribution/comment.json"
     whole, _ = other.read_text(), other.write_text('[{"id": "x"}]')
-    with pytest.raises(UserError, match="not in mmrole's published form .KeyError"):
+    with pytest.raises(UserError, match="comment.json: is not in the published form of mmr.*KeyError"):
         file_task("mmrole", "--task-root", str(tmp_path))
     other.write_text(whole)
     profile = tmp_path / "profiles/out-of-distribution/detailed_profiles/Plato.json"
-    for text, match in (("[1]", "not in mmrole's published form"), ("{", "Plato.json: cannot be")):
+    for text, match in (("[1]", "not in the published form of mmrole"),
+                        ("{", "Plato.json: cannot be")):
         profile.write_text(text)
         with pytest.raises(UserError, match=match):
             file_task("mmrole", "--task-root", str(tmp_path))
@@ -2821,7 +2822,7 @@ def test_what_pcogaligns_files_lack_is_named(tmp_path):
         (root / f"{part}.json").write_text(json.dumps([{**rows[1], "golden_response": "x"}]))
     assert len(file_task("pcogalign", "--task-root", str(root)).splits["ood"]) == 1
     (root / f"{part}.json").write_text(json.dumps(rows[1:2]))
-    with pytest.raises(UserError, match="pcogalign's published form .KeyError.'golden_response'"):
+    with pytest.raises(UserError, match="form of pcogalign .*KeyError.'golden_response'"):
         file_task("pcogalign", "--task-root", str(root))
 
 

@@ -482,9 +482,9 @@ WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}.differenc
          for p in [NEUTRAL, *PERSONAS]}
 
 
-def parse_answer(text: str) -> tuple[Answer | None, float]:
-    """The parts of an answer (None if it has no clause that claims anything) and its grammar
-    from 0 to 1."""
+def parse_answer(text: str) -> tuple[Answer, float]:
+    """The parts of an answer and its grammar from 0 to 1: 0 if it has no clause that claims
+    anything."""
     said = tokens(text)
     opening = next((p for p in OWNERS["opening"] if said[:len(tokens(p))] == tokens(p)), "")
     closing = next((p for p in OWNERS["closing"] if said[-len(tokens(p)):] == tokens(p)), "")
@@ -500,7 +500,7 @@ def parse_answer(text: str) -> tuple[Answer | None, float]:
         objects=tuple(pair for pair in pairs if pair in OBJECTS),
         place=next((pair for pair in reversed(pairs) if pair in CELLS), ""))
     if not (answer.number or answer.objects):
-        return None, 0.0
+        return answer, 0.0
     written = tokens(answer.text())
     differ = len(said) + len(written) - 2 * common_length(said, written)
     return answer, max(0.0, 1 - DISORDER * differ / len(said))
@@ -529,7 +529,7 @@ def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, 
         there = [scene[CELLS.index(answer.place)]] * len(answer.objects)
     true = sum(map(likeness, answer.objects, there))       # an object too many is true of nothing
     true += answer.number == NUMBERS[len(things) - 1]
-    true /= len(answer.objects) + bool(answer.number)      # claims
+    true /= max(1, len(answer.objects) + bool(answer.number))      # claims
 
     if kind == "all":
         asked = bool(answer.objects) and not answer.place
@@ -560,13 +560,10 @@ def judge_answer(row: dict, text: str) -> dict[str, float]:
     All but the first two of form fall with the root of the grammar; a wrong answer halves what its
     words earn."""
     answer, grammar = parse_answer(text)
-    if answer is None:
-        return dict.fromkeys(DIMENSIONS, 0.0)
     asked, true, right = hold_against_picture(answer, row["question"], row["scene"])
     speakers = {slot: OWNERS[slot].get(getattr(answer, slot)) for slot in SLOTS}  # None: absent
     own = {slot: speaker == row["persona"] for slot, speaker in speakers.items()}
-    others = [speaker for slot, speaker in speakers.items()
-              if not own[slot] and speaker not in (NEUTRAL.name, None)]
+    others = [s for s in speakers.values() if s not in (row["persona"], NEUTRAL.name, None)]
     role = max(0.0, (sum(own.values()) - len(others)) / len(SLOTS))
     named = len(set(answer.objects))
     agree = named == len(answer.objects) and (

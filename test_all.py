@@ -2493,7 +2493,7 @@ def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
             file_task("mmrole", *bad)
     other = tmp_path / "dialogues/out-of-distribution/comment.json"
     whole, _ = other.read_text(), other.write_text('[{"id": "x"}]')
-    with pytest.raises(UserError, match="comment.json: is not in the published form of mmr.*KeyError"):
+    with pytest.raises(UserError, match="comment.json: is not in the published form.*KeyError"):
         file_task("mmrole", "--task-root", str(tmp_path))
     other.write_text(whole)
     profile = tmp_path / "profiles/out-of-distribution/detailed_profiles/Plato.json"

@@ -340,13 +340,6 @@ def draw_scene(rng, part: str, most: int = 4):
             return scene
 
 
-def draw_question(rng, kind: str, scene):
-    """((kind, cell asked about), wording), always answerable from the scene."""
-    filled = [cell for cell, thing in zip(CELLS, scene) if thing]
-    target = rng.choice(filled) if kind == "cell" else None
-    return (kind, target), rng.choice(QUESTIONS[kind]).format(target)
-
-
 def render(scene, rng) -> Image.Image:
     """The 56 x 56 picture of a scene, drawn four times larger and averaged down; place, size and
     shade of every object vary a little."""
@@ -402,7 +395,9 @@ def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
     """One row of a split or a corpus, its answer perfect where QUALITY does not name that part;
     without an image the user tells the scene in words."""
     scene = draw_scene(rng, part, most=4 if image else 3)
-    question, asked = draw_question(rng, kind, scene)
+    filled = [cell for cell, thing in zip(CELLS, scene) if thing]
+    target = rng.choice(filled) if kind == "cell" else None        # always answerable
+    question, asked = (kind, target), rng.choice(QUESTIONS[kind]).format(target)
     reference = voiced(facts(question, scene), persona).text()
     quality = QUALITY.get(part, 1.0)
     answer = voiced(facts(question, scene), persona, rng, quality, others).text()

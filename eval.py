@@ -399,8 +399,7 @@ def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
     target = rng.choice(filled) if kind == "cell" else None        # always answerable
     question, asked = (kind, target), rng.choice(QUESTIONS[kind]).format(target)
     reference = voiced(facts(question, scene), persona).text()
-    quality = QUALITY.get(part, 1.0)
-    answer = voiced(facts(question, scene), persona, rng, quality, others).text()
+    answer = voiced(facts(question, scene), persona, rng, QUALITY.get(part, 1.0), others).text()
     user = f"<image>{asked}" if image else f"{caption(scene)} {asked}"
     return {"id": row_id, "messages": chat(persona, user, answer),
             "images": [render(scene, rng)] if image else [], "reference": reference,

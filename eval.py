@@ -332,9 +332,8 @@ def draw_scene(rng, part: str, most: int = 4):
     others share no scene whatever the seed: a hash of the scene decides where it belongs."""
     while True:
         cells = rng.sample(range(4), rng.randint(2, most))
-        scene = [None] * 4
-        for cell, thing in zip(cells, rng.sample(OBJECTS, len(cells))):
-            scene[cell] = thing
+        things = dict(zip(cells, rng.sample(OBJECTS, len(cells))))
+        scene = [things.get(cell) for cell in range(4)]
         home = {0: "valid", 1: "id", 2: "ood"}.get(zlib.crc32(repr(scene).encode()) % 10)
         if home == (part if part in ("valid", "id", "ood") else None):
             return scene

@@ -470,6 +470,7 @@ def tokens(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+|[^\w\s]", text))
 
 
+OPENINGS, CLOSINGS = ({p: tokens(p) for p in OWNERS[slot]} for slot in ("opening", "closing"))
 PLAIN = tokens(" ".join((*CELLS, *NUMBERS, *OBJECTS, ". , ! : a I in all and the shapes")))
 WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}.difference(PLAIN)
          for p in [NEUTRAL, *PERSONAS]}
@@ -479,8 +480,8 @@ def parse_answer(text: str) -> tuple[Answer, float]:
     """The parts of an answer and its grammar from 0 to 1: 0 if it has no clause that claims
     anything."""
     said = tokens(text)
-    opening = next((p for p in OWNERS["opening"] if said[:len(tokens(p))] == tokens(p)), "")
-    closing = next((p for p in OWNERS["closing"] if said[-len(tokens(p)):] == tokens(p)), "")
+    opening = next((p for p, words in OPENINGS.items() if said[:len(words)] == words), "")
+    closing = next((p for p, words in CLOSINGS.items() if said[-len(words):] == words), "")
     middle = said[len(tokens(opening)):len(said) - len(tokens(closing))]
     clause = next((middle[i:] for i, word in enumerate(middle[:-1])
                    if word == "I" and middle[i + 1] in OWNERS["verb"]), ("", ""))

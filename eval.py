@@ -917,8 +917,7 @@ class Endpoint:
     def ask(self, prompt: str) -> tuple[str | None, int, str | None]:
         """(reply or None, tokens used, why it failed or None) of one prompt, after retries."""
         from huggingface_hub.errors import HfHubHTTPError
-        first = {"role": "user", "content": prompt}
-        messages, reply, tokens, reason = [first], None, 0, None
+        messages, reply, tokens, reason = [{"role": "user", "content": prompt}], None, 0, None
         pause, began = 0.0, time.time()
         for attempt in range(JUDGE["attempts"]):
             time.sleep(min(pause, JUDGE["longest_pause"]) * (0.5 + random.random()))
@@ -932,8 +931,8 @@ class Endpoint:
                 if self.usable(reply):
                     return reply, tokens, None
                 reason, pause = f"malformed, one begins {reply[:60]!r}", 0.0
-                messages = [first, {"role": "assistant", "content": reply},
-                            {"role": "user", "content": self.complaint}]
+                messages[1:] = [{"role": "assistant", "content": reply},
+                                {"role": "user", "content": self.complaint}]
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 reason = f"HTTP {status}"

@@ -1163,8 +1163,7 @@ class Stream:
         self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
         files = source if source and isinstance(source[0], str) else [source]
         self.sources = [Source(file, place, image_root) for place, file in enumerate(files)]
-        self.encoded, self.left_out, self.held_out, self.barren = {}, {}, [], 0
-        self.pending = None
+        self.encoded, self.left_out, self.held_out, self.pending = {}, {}, [], None
         for part in self.sources:           # the first rows, at most a tenth, for the report
             n = min(math.ceil(hold_out / len(files)), max(1, int(part.rows) // 10))
             for _ in range(n if part.rows > 1 else 0):
@@ -1185,12 +1184,10 @@ class Stream:
     def load_state_dict(self, cursor: dict):
         if self.pending:
             self.pending.exception()                    # wait: the thread lets go of the sources
-        self.cursor = self.ahead = cursor
-        self.batches = self.pending = None
-        self.credit = list(cursor["credit"])
         for part, position in zip(self.sources, cursor["positions"], strict=True):
             if part.position != tuple(position):
                 part.open(position)
+        self.cursor, self.pending, self.batches = cursor, None, self._batches(cursor)
 
     def _fit(self, row) -> Example | None:
         """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
@@ -1215,54 +1212,55 @@ class Stream:
             if self.responses_only and not example:     # a task's own rows are refused
                 raise
             example = None
-            self.left_out.setdefault(str(error), False) # False: not yet said
+            self.left_out[str(error)] = None            # an ordered set
         if not isinstance(self.sources[0].source, str):
             self.encoded[id(row)] = example
         return example
 
-    def _load_block(self):
-        if self.batches is not None:
-            self.ahead = {"block": self.ahead["block"] + 1, "batch": 0, "credit": list(self.credit),
-                          "positions": [part.position for part in self.sources]}
-        rows = []
-        while len(rows) < self.block:
-            # Weighted round robin: each file earns its share, the richest pays one for a row.
-            chosen = max(range(len(self.sources)), key=self.credit.__getitem__)
-            self.credit = [c + share for c, share in zip(self.credit, self.shares)]
-            self.credit[chosen] -= 1
-            rows.append(self.sources[chosen].next())
-        self.examples = {n: self._fit(rows[n]) for n in range(rank(), len(rows), world_size())}
-        lengths = gather({n: len(e) for n, e in self.examples.items() if e}, PREFETCH_GROUP[0])
-        kept = sorted(lengths)
-        if new := [why for why, said in self.left_out.items() if not said]:
-            print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
-            self.left_out = dict.fromkeys(self.left_out, True)
-        self.barren = 0 if kept else self.barren + len(rows)
-        if self.barren >= sum(part.rows for part in self.sources):
-            raise UserError(f"{[str(part.source)[:80] for part in self.sources]}: not one row can "
-                            f"be trained on: {next(iter(self.left_out), 'all are empty'):.200}")
-        rng = random.Random(key_seed(self.seed, self.ahead["block"]))
-        rng.shuffle(kept)
-        kept.sort(key=lambda n: lengths[n] // 32)       # stable: similar lengths, random order
-        self.batches, total = [], 0
-        for n in kept:
-            if not self.batches or total + lengths[n] > self.batch_tokens:
-                self.batches, total = self.batches + [[]], 0
-            self.batches[-1].append(n)
-            total += lengths[n]
-        rng.shuffle(self.batches)
-
-    def _prepare(self) -> tuple[list[Example], dict]:
-        while self.batches is None or self.ahead["batch"] >= len(self.batches):
-            self._load_block()
-        chosen = [self.examples[n] for n in self.batches[self.ahead["batch"]] if n in self.examples]
-        self.ahead = {**self.ahead, "batch": self.ahead["batch"] + 1}
-        return [replace(e, pixels=self.encoder.pixels(e)) for e in chosen], self.ahead
+    def _batches(self, cursor: dict):
+        """Yield this rank's examples of each batch from `cursor` on, their pictures decoded, and
+        the cursor after it. Runs in the prefetching thread."""
+        named = barren = 0
+        while True:
+            rows, credit = [], list(cursor["credit"])
+            while len(rows) < self.block:
+                # Weighted round robin: each file earns its share, the richest pays one for a row.
+                chosen = max(range(len(credit)), key=credit.__getitem__)
+                credit = [c + share for c, share in zip(credit, self.shares)]
+                credit[chosen] -= 1
+                rows.append(self.sources[chosen].next())
+            examples = {n: self._fit(rows[n]) for n in range(rank(), len(rows), world_size())}
+            lengths = gather({n: len(e) for n, e in examples.items() if e}, PREFETCH_GROUP[0])
+            if new := list(self.left_out)[named:]:
+                print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
+                named += len(new)
+            barren = 0 if lengths else barren + len(rows)
+            if barren >= sum(part.rows for part in self.sources):
+                raise UserError("not one row can be trained on: "
+                                f"{next(iter(self.left_out), 'all are empty'):.200}")
+            rng, kept = random.Random(key_seed(self.seed, cursor["block"])), sorted(lengths)
+            rng.shuffle(kept)
+            kept.sort(key=lambda n: lengths[n] // 32)   # stable: similar lengths, random order
+            batches, total = [], 0
+            for n in kept:
+                if not batches or total + lengths[n] > self.batch_tokens:
+                    batches, total = batches + [[]], 0
+                batches[-1].append(n)
+                total += lengths[n]
+            rng.shuffle(batches)
+            for n in range(cursor["batch"], len(batches)):
+                own = [examples[k] for k in batches[n] if k in examples]
+                yield [replace(e, pixels=self.encoder.pixels(e)) for e in own], {
+                    **cursor, "batch": n + 1}
+            cursor = {"block": cursor["block"] + 1, "batch": 0, "credit": credit,
+                      "positions": [part.position for part in self.sources]}
 
     def next(self) -> list[Example]:
         """This rank's examples of the next global batch (may be none on a small batch)."""
-        examples, self.cursor = (self.pending or prefetch.submit(self._prepare)).result()
-        self.pending = prefetch.submit(self._prepare)
+        # What the thread raised is kept, and raised again by the next call.
+        self.pending = self.pending or prefetch.submit(next, self.batches)
+        examples, self.cursor = self.pending.result()
+        self.pending = prefetch.submit(next, self.batches)
         return examples
 
 

@@ -919,18 +919,14 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
         if size is None:
-            # A PNG without a note in its header would be decoded to look for one; a TIFF's size is
-            # that of the upright picture.
-            noted = picture.format not in ("PNG", "TIFF") or (
-                picture.format == "PNG" and "exif" in picture.info)
-            lies = noted and picture.getexif().get(274) in (5, 6, 7, 8)
+            # A TIFF's size is that of the upright picture; PNG's own getexif would decode it.
+            lies = picture.format != "TIFF" and Image.Image.getexif(picture).get(274) in range(5, 9)
             return picture.size if lies else picture.size[::-1]
         picture.draft("RGB", (max(size), max(size)))    # a large JPEG is decoded at a smaller scale
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                # 16 bits a pixel
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-        picture = picture.convert("RGB")
-        return picture if picture.size == size[::-1] else picture.resize(size[::-1], Image.BICUBIC)
+        return picture.convert("RGB").resize(size[::-1], Image.BICUBIC)
     except Exception as error:                          # PIL raises whatever damage leads to
         raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
                         "replace it or remove the row (see --image-root)") from None

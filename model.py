@@ -1013,6 +1013,7 @@ class Encoder:
         self.fixed_size, cell = None, (processor.patch_size * self.merge) ** 2
         if image_tokens and "x" in image_tokens:
             self.fixed_size = tuple(map(int, image_tokens.split("x")))
+            self.max_pixels = max(self.max_pixels, math.prod(self.fixed_size))
         elif image_tokens:
             self.max_pixels = min(self.max_pixels, int(image_tokens) * cell)
             self.min_pixels = min(self.min_pixels, self.max_pixels)
@@ -1022,9 +1023,8 @@ class Encoder:
         patch = self.processor.patch_size
         height, width = self.fixed_size or open_image(image, where)
         try:
-            height, width = smart_resize(
-                height, width, factor=patch * self.merge, min_pixels=self.min_pixels,
-                max_pixels=max(self.max_pixels, math.prod(self.fixed_size or (1, 1))))
+            height, width = smart_resize(height, width, patch * self.merge, self.min_pixels,
+                                         self.max_pixels)
         except ValueError as error:
             raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
         return 1, height // patch, width // patch

@@ -878,22 +878,21 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
     path, (offset, line) = Path(file), position
     where = str(path)
 
-    def row(raw, mark):
-        return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}{mark}")
+    def row(raw):
+        return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}:{line}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                rows = json.load(f)
-                for n in range(line, len(rows)):
-                    where = f"{path}: row {n + 1}"
-                    yield row(rows[n], f":{n + 1}"), (n + 1, n + 1)
+                for line, raw in enumerate(json.load(f)[line:], line + 1):
+                    where = f"{path}: row {line}"
+                    yield row(raw), (line, line)
                 return
             f.seek(offset)
             for raw in iter(f.readline, b""):
                 line, offset = line + 1, offset + len(raw)
                 where = f"{path}:{line}"
                 if raw.strip():
-                    yield row(json.loads(raw), f":{line}"), (offset, line)
+                    yield row(json.loads(raw)), (offset, line)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
                         "path, fix or remove the row") from None

@@ -59,7 +59,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -985,8 +985,8 @@ class Batch:
         return where, self.tokens[:, 1:][where]
 
     def to(self, device) -> Batch:
-        return Batch(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor)
-                        else v for f in fields(self)})
+        return Batch(**{name: value.to(device) if isinstance(value, Tensor) else value
+                        for name, value in vars(self).items()})
 
 
 class Encoder:
@@ -1038,7 +1038,7 @@ class Encoder:
         for token in self.reserved:
             if token in said:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
-        if not said.isascii() and said != said.encode("utf-8", "ignore").decode():
+        if said != said.encode("utf-8", "ignore").decode():
             raise UnusableRow(f"{where}: its text contains half a character (a lone surrogate)")
 
     def encode(self, row: dict, prompt: bool = False, responses_only: bool = False) -> Example:

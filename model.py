@@ -1161,15 +1161,15 @@ class Stream:
         self.encoded, self.left_out, self.held_out, self.pending = {}, {}, [], None
         for part in self.sources:           # the first rows, at most a tenth, for the report
             n = min(math.ceil(hold_out / len(files)), max(1, int(part.rows) // 10))
-            for _ in range(n if part.rows > 1 else 0):
-                self.held_out += [e for e in [self._fit(part.next())] if e]
-            part.start, part.rows = part.position, part.rows - n * (part.rows > 1)
-        rows = sum(part.rows for part in self.sources)
-        self.block = max(1, math.ceil(rows / max(1, math.ceil(rows / block))))
+            held = [self._fit(part.next()) for _ in range(n if part.rows > 1 else 0)]
+            self.held_out += [e for e in held if e]
+            part.start, part.rows = part.position, part.rows - len(held)
+        self.rows = max(1, sum(part.rows for part in self.sources))
+        self.block = math.ceil(self.rows / math.ceil(self.rows / block))
         weights = [part.rows if part.weight is None else part.weight for part in self.sources]
         if 0 < sum(part.weight is None for part in self.sources) < len(files):
             raise UserError(f"{files}: give all files a weight (FILE=WEIGHT) or none")
-        self.shares = [weight / max(1e-9, sum(weights)) for weight in weights]
+        self.shares = [weight / (sum(weights) or 1) for weight in weights]
         self.load_state_dict({"block": 0, "batch": 0, "credit": self.shares,
                               "positions": [part.position for part in self.sources]})
 
@@ -1230,7 +1230,7 @@ class Stream:
                 print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
                 named += len(new)
             barren = 0 if lengths else barren + len(rows)
-            if barren >= sum(part.rows for part in self.sources):
+            if barren >= self.rows:
                 raise UserError("not one row can be trained on: "
                                 f"{next(iter(self.left_out), 'all are empty'):.200}")
             rng, kept = random.Random(key_seed(self.seed, cursor["block"])), sorted(lengths)

@@ -1054,27 +1054,26 @@ class Encoder:
             messages = messages[:-1]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=prompt)
-        ids = self.tokenizer.encode(text if prompt else text.rstrip("\n"),
-                                    add_special_tokens=False)
+        ids = torch.tensor(self.tokenizer.encode(text if prompt else text.rstrip("\n"),
+                                                 add_special_tokens=False))
         grids = torch.tensor([self.grid(image, where) for image in row["images"]],
                              dtype=torch.long).view(-1, 3)
-        counts = iter((grids.prod(-1) // self.merge ** 2).tolist())
-        ids = [i for token in ids
-               for i in [token] * (next(counts) if token == self.image_token else 1)]
+        repeats = torch.ones_like(ids)
+        repeats[ids == self.image_token] = grids.prod(-1) // self.merge ** 2
+        ids = ids.repeat_interleave(repeats)
         if prompt and len(ids) > self.longest:
             raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
                             f"{self.longest}; shorten it (prompts are never cut)")
-        ends, response = set(self.stop_ids.tolist()), torch.zeros(len(ids), dtype=torch.bool)
-        for start in range(len(self.turn), len(ids)):       # of the newline after the role
-            if ids[start - len(self.turn):start] == self.turn:
-                end = next((t for t in range(start + 1, len(ids)) if ids[t] in ends), len(ids))
-                response[start + 1:end + 1] = True
-        ids = torch.tensor(ids)
         index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
         predicts = torch.zeros(len(index), dtype=torch.bool)
         predicts[:-1] = index[1:] == index[:-1] + 1          # after a vision token stands no state
         if responses_only:
-            predicts[:-1] &= response[index[1:]]
+            tokens, ends, response, answering = ids.tolist(), self.stop_ids.tolist(), [], False
+            for t, token in enumerate(tokens):
+                response.append(answering)
+                newline = tokens[max(0, t - len(self.turn)):t] == self.turn     # after the role
+                answering = newline or (answering and token not in ends)
+            predicts[:-1] &= torch.tensor(response)[index[1:]]
         of_image = ids == self.image_token
         positions, _ = self.rope_index(ids[None], mm_token_type_ids=of_image.int()[None],
                                        image_grid_thw=grids if len(grids) else None)

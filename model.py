@@ -888,7 +888,7 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
                     yield row(raw), (line, line)
                 return
             f.seek(offset)
-            for raw in iter(f.readline, b""):
+            for raw in f:
                 line, offset = line + 1, offset + len(raw)
                 where = f"{path}:{line}"
                 if raw.strip():
@@ -1114,7 +1114,7 @@ class Source:
             name, _, weight = source.rpartition("=")    # FILE=WEIGHT
             if name and not os.path.exists(source):
                 try:
-                    self.source, self.weight = name, within(float, 1e-9)(weight)
+                    self.source, self.weight = name, positive(weight)
                 except (ValueError, argparse.ArgumentTypeError):
                     raise UserError(f"{source}: neither a file nor FILE=WEIGHT") from None
         self.rows = count_rows(self.source) if isinstance(source, str) else len(source)
@@ -1268,10 +1268,9 @@ def micro_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
 def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
                  tokens_at_once: int) -> tuple[list[Batch], list[str]]:
     """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
-    rows = {kind: streams[kind].next() for kind in kinds if kind in streams}
-    batches = [batch for examples in rows.values()
-               for batch in micro_batches(agent, examples, tokens_at_once)]
-    return batches, [e.id for examples in rows.values() for e in examples]
+    rows = [streams[kind].next() for kind in kinds if kind in streams]
+    batches = [batch for part in rows for batch in micro_batches(agent, part, tokens_at_once)]
+    return batches, [e.id for part in rows for e in part]
 
 
 def token_counts(masks: dict[str, list[Tensor]]) -> dict[str, float]:

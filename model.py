@@ -1165,7 +1165,7 @@ class Stream:
             part.start, part.rows = part.position, part.rows - len(held)
         self.rows = max(1, sum(part.rows for part in self.sources))
         self.block = math.ceil(self.rows / math.ceil(self.rows / block))
-        weights = [part.rows if part.weight is None else part.weight for part in self.sources]
+        weights = [part.weight or part.rows for part in self.sources]
         if 0 < sum(part.weight is None for part in self.sources) < len(files):
             raise UserError(f"{files}: give all files a weight (FILE=WEIGHT) or none")
         self.shares = [weight / (sum(weights) or 1) for weight in weights]
@@ -1230,8 +1230,8 @@ class Stream:
                 named += len(new)
             barren = 0 if lengths else barren + len(rows)
             if barren >= self.rows:
-                raise UserError("not one row can be trained on: "
-                                f"{next(iter(self.left_out), 'all are empty'):.200}")
+                raise UserError(f"{[str(part.source)[:80] for part in self.sources]}: not one row "
+                                f"can be trained on: {next(iter(self.left_out), 'all empty'):.200}")
             rng, kept = random.Random(key_seed(self.seed, cursor["block"])), sorted(lengths)
             rng.shuffle(kept)
             kept.sort(key=lambda n: lengths[n] // 32)   # stable: similar lengths, random order

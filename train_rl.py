@@ -340,18 +340,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     counted over all ranks before any backward.
     """
     bias = agent.token_bias if agent.space == "token" else None
-
-    def statistics(r, mask, reference=None):                                   # (K,) each
-        with agent.autocast():
-            h, ref_h = replay(agent.policy, r)[mask], None                     # (K, d)
-            if reference is not None:
-                with torch.no_grad():
-                    ref_h = replay(reference, r)[mask]
-            return action_statistics(agent.policy, h, r.actions[mask], args.temperature, bias,
-                                     reference, ref_h)
-
     totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
-    norms, worst = [], 0.0
+    norms, worst, old = [], 0.0, {}
     batches = training_batches(parts, groups, args, task.bounds)
     own_tokens = sum(int(mask.sum()) for *_, mask in batches)
     n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
@@ -360,14 +350,18 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     epochs = args.inner_epochs if n["tokens"] else 0
     if args.aggregate == "local":
         n["tokens"] = max(1, own_tokens) * world_size()
-    with torch.no_grad():   # pi_old is the policy before its first step here, so ratios start at 1
-        old = {id(mask): statistics(r.select(some), mask)[0]
-               for r, some, _, mask in batches if epochs > 1}
     for _ in range(epochs):
-        for r, some, A, mask in batches:
+        for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone
-            logps, entropy, ref_logps, exact = statistics(r, mask, reference)
-            answer, old_logps = mask.nonzero()[:, 0], old.get(id(mask), logps.detach())
+            with agent.autocast():
+                h, ref_h = replay(agent.policy, r)[mask], None                      # (K, d)
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_h = replay(reference, r)[mask]
+                logps, entropy, ref_logps, exact = action_statistics(               # (K,) each
+                    agent.policy, h, r.actions[mask], args.temperature, bias, reference, ref_h)
+            # pi_old is the policy of the first pass, before any step here, so ratios start at 1.
+            old_logps, answer = old.setdefault(i, logps.detach()), mask.nonzero()[:, 0]
             loss, clipped = surrogate(logps, old_logps, A[answer], *args.clip)
             kl = torch.zeros_like(logps)
             if reference is not None:

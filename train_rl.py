@@ -164,13 +164,11 @@ def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
     return ((rewards - low) / (high - low)).clamp(0.0, 1.0)
 
 
-def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 1.0),
-               all_p: Tensor | None = None) -> Tensor:
-    """Advantage of each answer, (P, G) -> (P, G); failed judgements (NaN) get 0.
+def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Advantage of each answer of the global batch, (P, G) -> (P, G); failed judgements (NaN) get 0.
 
     group: (r - mean) / (std + eps) (GRPO); none: r - mean (Dr.GRPO); beta: (r - p) /
-    BetaPdf(p; alpha, beta) (BNPO) on rewards mapped from `bounds` to [0, 1], with `all_p` the
-    group means, so mapped, of all prompts of the global batch.
+    BetaPdf(p; alpha, beta) (BNPO) on rewards mapped from `bounds` to [0, 1].
     """
     if scale == "beta":
         rewards = to_unit(rewards, bounds)
@@ -179,7 +177,8 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
     if scale == "group":
         A = A / (std + STD_EPS)
     if scale == "beta":
-        A = A * beta_weights(mean, mean[:, 0] if all_p is None else all_p)
+        all_p = rewards.nanmean(1)
+        A = A * beta_weights(mean, all_p[~all_p.isnan()])
     return A.nan_to_num(0.0).float()
 
 
@@ -320,15 +319,14 @@ def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, d
                      args, bounds) -> list[tuple]:
     """(rollout, which of its prompts, advantages (N,), loss mask (N, T)) of those of `groups` that
     lie on this rank, whole: a prompt is one pass of the policy for all its answers."""
-    batches, all_p = [], torch.stack([to_unit(group["shaped"], bounds).nanmean()
-                                      for group in groups.values()])
+    rewards = torch.stack([group["shaped"] for group in groups.values()])            # (P, G)
+    A, batches = advantages(rewards, args.scale, bounds), []
     for r, places in parts:
-        if some := [i for i, place in enumerate(places) if place in groups]:
-            rewards = torch.stack([groups[places[i]]["shaped"] for i in some])       # (P, G)
-            A = advantages(rewards, args.scale, bounds, all_p[~all_p.isnan()])
-            judged = ~rewards.isnan().to(r.mask.device)                              # (P, G)
-            mask = r.mask.view(len(places), args.group_size, -1)[some] & judged[..., None]
-            batches.append((r, some, A.view(-1).to(r.mask.device), mask.flatten(0, 1)))
+        some = [i for i, place in enumerate(places) if place in groups]
+        own = [list(groups).index(places[i]) for i in some]
+        judged = ~rewards[own].isnan().to(r.mask.device)                             # (P, G)
+        mask = r.mask.view(len(places), args.group_size, -1)[some] & judged[..., None]
+        batches.append((r, some, A[own].view(-1).to(r.mask.device), mask.flatten(0, 1)))
     return [batch for batch in batches if batch[-1].any()]
 
 

@@ -575,31 +575,28 @@ class KVCache:
     `real` (B, length) bool tells tokens from padding."""
 
     def __init__(self, real: Tensor):
-        self.real, self.padded, self.buffers, self.used = real, not bool(real.all()), {}, {}
+        self.real, self.padded, self.buffers, self.end = real, not bool(real.all()), {}, 0
 
     def mask(self) -> Tensor | None:
         """(B, 1, 1, keys) bool: what one new token may attend to; None if nothing is padding."""
-        return self.real[:, None, None, :self.used.get(0, 0) + 1] if self.padded else None
+        return self.real[:, None, None, :self.end + 1] if self.padded else None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__):
         """keys, values (B, heads, q, head_dim) -> all of the layer's so far (B, heads, n, ..)."""
         B, H, q, D = keys.shape
         if layer not in self.buffers:
             self.buffers[layer] = keys.new_empty(2, B, H, self.real.shape[1], D)
-            self.used[layer] = 0
-        start, end = self.used[layer], self.used[layer] + q
+        self.end += q if layer == 0 else 0              # the first layer comes first
         for buffer, new in zip(self.buffers[layer], (keys, values)):
-            buffer[:, :, start:end] = new
-        self.used[layer] = end
-        return self.buffers[layer][:, :, :, :end].unbind()
+            buffer[:, :, self.end - q:self.end] = new
+        return self.buffers[layer][:, :, :, :self.end].unbind()
 
     def expand(self, group: int, extra: int) -> KVCache:
         """The cache of P prompts, (P, heads, n, ..) a layer, as one of P * group rows with room for
         `extra` more tokens: (P * group, heads, n + extra, ..)."""
         out = KVCache(F.pad(self.real, (0, extra), value=True).repeat_interleave(group, 0))
         for layer, buffer in self.buffers.items():
-            used = buffer[:, :, :, :self.used[layer]]
-            out.update(*used.repeat_interleave(group, 1), layer)
+            out.update(*buffer[:, :, :, :self.end].repeat_interleave(group, 1), layer)
         return out
 
     def keep(self, rows: Tensor):

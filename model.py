@@ -661,9 +661,9 @@ def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor
     """Answer all prompts, `group` times each, a token at a time: a_t ~ pi(. | s_1..s_t), then
     x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
 
-    caches and rows are those of `prefill`; uniform (N, T) in [0, 1) fixes the draws. Finished answers leave the batch every `check_every`
-    tokens, which is also the loop's only host sync. Returns tokens (N, T), actions (N, T), their
-    log-probs (N, T) and the policy's inputs (N, T, d).
+    caches and rows are those of `prefill`; uniform (N, T) in [0, 1) fixes the draws. Finished
+    answers leave the batch every `check_every` tokens, which is also the loop's only host sync.
+    Returns tokens (N, T), actions (N, T), their log-probs (N, T) and the policy's inputs (N, T, d).
     """
     (N, T), device = uniform.shape, uniform.device
     embed_tokens = actor.backbone.model.language_model.embed_tokens
@@ -675,7 +675,6 @@ def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor
     actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
     inputs = s.new_zeros(N, T, s.shape[-1])
     stop_ids = actor.encoder.stop_ids.to(device)
-    stopped = torch.zeros(N, dtype=torch.bool, device=device)
     for t in range(T):
         logits = actor.policy.head(h).float()
         if actor.space == "token":
@@ -686,11 +685,11 @@ def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor
         a, logp = choose(logits, uniform[alive, t], temperature)
         x = a if actor.space == "token" else actor.next_token_logits(s, a).argmax(-1)
         tokens[alive, t], actions[alive, t], logps[alive, t], inputs[alive, t] = x, a, logp, s
-        stopped[alive] |= torch.isin(x, stop_ids)
         if t + 1 == T:
             break
         if (t + 1) % check_every == 0:
-            keep = (~stopped[alive]).nonzero()[:, 0]
+            stopped = torch.isin(tokens[alive, :t + 1], stop_ids).any(1)
+            keep = (~stopped).nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):

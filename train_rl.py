@@ -165,7 +165,7 @@ def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 
 def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Advantage of each answer of the global batch, (P, G) -> (P, G); failed judgements (NaN) get 0.
+    """Advantage of each answer of the global batch, (P, G) -> (P, G); 0 where judging failed (NaN).
 
     group: (r - mean) / (std + eps) (GRPO); none: r - mean (Dr.GRPO); beta: (r - p) /
     BetaPdf(p; alpha, beta) (BNPO) on rewards mapped from `bounds` to [0, 1].

@@ -164,7 +164,7 @@ class CausalStack(nn.Module):
 
 class WorldModel(nn.Module):
     """The merge: language world model f_world(s_t, a_t) up to its frozen head (section 3). The
-    whole is `Agent.next_token_logits` in decoding, `inverse_losses` of train_idm.py in training.
+    whole is `Agent.next_token_logits` in decoding, `Agent.world_logprobs` in training.
 
     x = s; twice: x = x + SwiGLU([x, c]). The last projections start at zero, so an untrained
     world model is the base model; the state already carries the final norm.
@@ -537,6 +537,12 @@ class Agent(nn.Module):
             backbone = self.backbone.lm_head(states).float() + self.token_bias
             logits = logits + min_p_bias(backbone, self.min_p)
         return logits
+
+    def world_logprobs(self, s: Tensor, c: Tensor, targets: Tensor) -> Tensor:
+        """log f_world(x_{t+1} | s_t, c_t): states, code vectors (K, d), targets (K,) -> (K,)."""
+        with self.autocast():
+            x = self.world(s, c).to(s.dtype)
+            return token_logprobs(self.backbone.lm_head, x, targets, self.token_bias)
 
     def acting(self) -> Agent:
         """This agent as rollouts run it: a policy that trains in fp32 as a copy in the backbone's

@@ -5300,6 +5300,7 @@ def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=
 
         def as_rows(stack, layer_norm_input):       # attention over rows, the rest over tokens
             return stack(layer_norm_input, kit.text_positions(layer_norm_input))
+        agent.world_logprobs = functools.partial(Agent.world_logprobs, agent)
         agent.idm_logits = lambda s: as_rows(m["idm"], states).view(1, -1, codes)[:, 1:]
         agent.policy = lambda s, positions: as_rows(m["policy"], states).view(1, -1, codes)
         agent.states = lambda batch: flat

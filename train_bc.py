@@ -88,8 +88,7 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     states = agent.project(agent.embeddings(batch), batch.has_image)
     with torch.no_grad():
         codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
-    x = agent.world(states[:, :-1][where], agent.codebook(codes))
-    logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets, agent.token_bias)
+    logps = agent.world_logprobs(states[:, :-1][where], agent.codebook(codes), targets)
     return -logps, logps.detach() > math.log(0.5)
 
 
@@ -147,10 +146,8 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         some = some[:max(1, REPORTED // n)]
         e, s, x, logits = (part[some.to(agent.device)] for part in (e, s, x, logits))
-        with agent.autocast():
-            given_code = torch.stack([token_logprobs(
-                head, agent.world(s, c.expand_as(s)).to(s.dtype), x, agent.token_bias)
-                for c in agent.codebook.weight], -1)                          # (tokens, |C|)
+        given_code = torch.stack([agent.world_logprobs(s, c.expand_as(s), x)
+                                  for c in agent.codebook.weight], -1)        # (tokens, |C|)
         mixture = torch.logsumexp(F.log_softmax(logits, -1) + given_code, -1)
         report[name] = {"accuracy": (taken == codes).float().mean().item(),
                         "policy x world": -mixture.mean().item(),

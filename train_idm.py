@@ -69,9 +69,8 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) ->
     with agent.autocast():
         logits = agent.idm_logits(states)[where].float()                    # (K, |C|)
         choice = straight_through(logits, noise[:, :-1][where])
-        x = agent.world(states[:, :-1][where], choice @ agent.codebook.weight)  # (K, d)
-        logps = token_logprobs(agent.backbone.lm_head, x.to(states.dtype), targets,
-                               agent.token_bias)
+        c = choice @ agent.codebook.weight                                  # (K, d)
+        logps = agent.world_logprobs(states[:, :-1][where], c, targets)
     return -logps, negative_entropy(logits), choice.argmax(-1).detach()
 
 
@@ -120,9 +119,7 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
         random = torch.randint(n, codes.shape, generator=generator).to(s.device)
 
         def ce(given):
-            with agent.autocast():
-                x = agent.world(s, agent.codebook(given)).to(s.dtype)
-                return -token_logprobs(head, x, targets, agent.token_bias).mean().item()
+            return -agent.world_logprobs(s, agent.codebook(given), targets).mean().item()
         backbone = -token_logprobs(head, e, targets, agent.token_bias).mean().item()
         counts = torch.bincount(codes, minlength=n)
         shares[label] = (counts / len(codes)).tolist()

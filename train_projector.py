@@ -191,8 +191,7 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                              "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
-                           out_hidden_size=width, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
+                           out_hidden_size=width, fullatt_block_indexes=[1]),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=False)                      # as in the 7B
@@ -266,11 +265,11 @@ def ensure_base(args):
               half_made / "pretraining", agent, identity)
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
-    matrices = {id(p) for name, p in model.named_parameters()
-                if p.dim() == 2 and "embed" not in name}
-    muon = torch.optim.Muon([p for p in model.parameters() if id(p) in matrices], weight_decay=0.0)
-    adamw = torch.optim.AdamW([p for p in model.parameters() if id(p) not in matrices],
-                              betas=(0.9, 0.95), weight_decay=0.0)
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.dim() == 2 and "embed" not in name else others).append(p)
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     rows = {phase: [row for kind, n in kinds.items()
                     for row in tasks.mini_corpus(kind, n, key_seed(seed, phase))]
             for phase, kinds in BASE_ROWS.items()}
@@ -284,8 +283,7 @@ def ensure_base(args):
         phase, phase_step, phase_steps, *lrs = plan[step]
         batches, row_ids = next_batches(agent, streams, (phase,), args.tokens_at_once)
         align = phase == "align"
-        n = all_sum({"n": sum(len(b.row_ids) if align else int(b.predicts.sum())
-                              for b in batches)})["n"]
+        n = token_counts({"n": [b.has_image if align else b.predicts for b in batches]})["n"]
         total = 0.0
         for batch in batches:
             loss = align_loss(agent, batch, words) if align else language_loss(agent, batch)

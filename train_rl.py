@@ -424,11 +424,10 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
 def plan(args, warm_start: str) -> str:
     """The stages of a run on the embedded default: what is there, what is to be run and how long
     that takes."""
-    stages = {"base": model_root(args) / "base", "sft": folder_of(args, warm_start)}
-    if args.action_space == "latent":
-        names = ("idm", "bc") if "projector" in args.without else ("projector", "idm", "bc")
-        stages = {"base": stages["base"], **{name: folder_of(args, name) for name in names},
-                  "sft": stages["sft"]}
+    latent = ("projector", "idm", "bc") if args.action_space == "latent" else ()
+    stages = {"base": model_root(args) / "base",
+              **{name: folder_of(args, name) for name in latent if name not in args.without},
+              "sft": folder_of(args, warm_start)}
     told = [f"{name} ({'there' if (folder / 'model.safetensors').exists() else MINUTES[name]})"
             for name, folder in stages.items()]
     return f"plan, in minutes on two cores: {' -> '.join(told)} -> rl ({MINUTES['rl']})"

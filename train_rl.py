@@ -276,8 +276,8 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args,
     rolled = time.time()
     replies = task.judge([row for row in rows for _ in range(G)],
                          [text for group in groups.values() for text in group["texts"]])
-    for group, own in zip(groups.values(), (replies[k:k + G] for k in range(0, len(replies), G))):
-        rewards = torch.tensor([task.reward(reply) for reply in own])
+    judged = torch.tensor([task.reward(reply) for reply in replies]).view(-1, G)
+    for group, rewards in zip(groups.values(), judged):
         overlong = overlong_punishment(group["lengths"], task.max_new_tokens)
         group |= {"rewards": rewards,
                   "shaped": rewards + overlong if "overlong" in args.extras else rewards,
@@ -410,9 +410,8 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
     def every(name):                                                          # (P, ...)
         return torch.stack([group[name] for group in groups.values()]).double()
     rewards, texts = every("rewards"), [group["texts"] for group in groups.values()]
-    judged = rewards[~rewards.isnan()]
-    deviation = judged.std(correction=0).item() if len(judged) else math.nan
-    return {"reward_mean": judged.mean().item(), "reward_std": deviation,
+    judged = rewards[~rewards.isnan()]              # never empty, see `refuse_unjudged`
+    return {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
             "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
             "groups_played": len(groups), "judge_failed": rewards.numel() - len(judged),
             "length": every("lengths").mean().item(),
@@ -468,9 +467,8 @@ def main(argv=None):
     more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
     say(f"answers to be judged in all: {answers}{more} in training, "
         f"{2 * tasks.n_answers(splits, modes)} in the evaluation before and after")
-    initial = None                                  # the start, and the KL's reference
-    if args.beta or splits:
-        initial = copy.deepcopy(agent.policy).requires_grad_(False)
+    # The start, and the KL's reference.
+    initial = copy.deepcopy(agent.policy).requires_grad_(False) if args.beta or splits else None
     reference = initial if args.beta else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
     optimizer = torch.optim.AdamW(agent.policy.parameters(), betas=betas, weight_decay=0.0)

@@ -136,9 +136,8 @@ def main(argv=None):
     ensure_base(args)
     if "projector" in args.without and args.parent:
         raise UserError("--parent: without a projector this stage starts from the base alone")
-    parent = None
-    if "projector" not in args.without:
-        parent = predecessor(args, identity, "projector", train_projector)
+    parent = None if "projector" in args.without else predecessor(
+        args, identity, "projector", train_projector)
     agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
     if parent:
         agent.load_run(parent)
@@ -159,8 +158,8 @@ def main(argv=None):
         kinds = ("paired", "text") if step >= args.paired_steps else ("paired",)
         batches, row_ids = next_batches(agent, streams, kinds, args.tokens_at_once)
         counts = token_counts({**inverse_masks(batches), **projector_masks(batches)})
-        totals = dict.fromkeys((*counts, "entropy"), 0.0)
-        codes_taken = torch.zeros(args.codes, dtype=torch.double)
+        totals = {**dict.fromkeys((*counts, "entropy"), 0.0),
+                  "codes": torch.zeros(args.codes, device=agent.device)}
         for batch in batches:
             with torch.no_grad():
                 e = agent.embeddings(batch)
@@ -171,17 +170,17 @@ def main(argv=None):
             paired = batch.has_image[:, None].expand_as(batch.predicts)[:, :-1][batch.labelled()[0]]
             loss = inverse_loss(ce, neg_entropy, paired, counts)
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
-                       "entropy": -neg_entropy.sum()}
+                       "entropy": -neg_entropy.sum(),
+                       "codes": torch.bincount(codes, minlength=args.codes)}
             if parent:
                 projected = projector_losses(agent, batch, e, cycle="cycle" not in args.without)
                 loss = loss + sum(projected[name] / counts[name] for name in projected)
                 figures |= projected
             loss.backward()
             totals |= {name: totals[name] + value.detach() for name, value in figures.items()}
-            codes_taken += torch.bincount(codes, minlength=args.codes).cpu()
         lr = args.lr * cosine(step, args.steps, warmup=0.1, floor=0.1)
         norm = optimizer_step(run, optimizers, [lr] * len(optimizers), row_ids)
-        totals = all_sum({**totals, "codes": codes_taken})
+        totals = all_sum(totals)
         usage.window.mul_(WINDOW).add_(totals["codes"])
         run.log(step, {**{name: totals[name] / n for name, n in counts.items()},
                        "entropy": totals["entropy"] / max(1.0, totals["codes"].sum().item()),

@@ -171,10 +171,8 @@ def lm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
 def main(argv=None):
     args = arguments().parse_args(argv)
     token, on_corpora = args.action_space == "token", args.stage == "bc"
-    if token:
-        kind = "lm" if on_corpora else "token"
-    else:
-        kind = "bc" if on_corpora else args.sft
+    kind = {("latent", "bc"): "bc", ("latent", "sft"): args.sft,
+            ("token", "bc"): "lm", ("token", "sft"): "token"}[args.action_space, args.stage]
     fill(args, DEFAULTS[kind])
     stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
     task = None if on_corpora else tasks.load_task(args)        # what is wrong with it comes first

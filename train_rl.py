@@ -58,10 +58,10 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-FULL_SCALE = {"steps": 100, "lr": 1e-6, "inner_epochs": 1}
-DEFAULTS = {"latent": {"tiny": {"steps": 30, "lr": 2e-4, "inner_epochs": 2},
-                       "full": FULL_SCALE},
-            "token": {"tiny": {"steps": 30, "lr": 1.25e-4, "inner_epochs": 2}, "full": FULL_SCALE}}
+TINY = {"steps": 30, "lr": 2e-4, "inner_epochs": 2, "splits": ["id", "ood"]}
+FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1, "splits": ["valid"]}
+DEFAULTS = {"latent": {"tiny": TINY, "full": FULL},
+            "token": {"tiny": {**TINY, "lr": 1.25e-4}, "full": FULL}}
 # Of each stage of the default run on two CPU cores, for `plan`.
 MINUTES = {"base": 2.9, "projector": 0.5, "idm": 1.4, "bc": 0.9, "sft": 0.2, "rl": 0.8}
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
@@ -101,7 +101,7 @@ def arguments() -> argparse.ArgumentParser:
         "choose tokens less likely under the backbone than this share of its best (default: 0)")
     add("--inner-epochs", type=count, help="passes over each rollout; from two on the clip acts")
     add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
-        "no evaluation (default: valid, tiny: id ood); tune on valid")
+        "no evaluation; tune on valid")
     return parser
 
 
@@ -438,8 +438,6 @@ def main(argv=None):
     fill_algorithm(args, world_size())
     task, identity = tasks.load_task(args), tasks.identity(args, "paired", "text", "task")
     task.max_new_tokens = args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    if args.splits is None:
-        args.splits = ["id", "ood"] if args.model == "tiny" else ["valid"]
     if not task.splits["rl"]:                 # what is wrong with the task comes first
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     warm_start = train_bc.stage_of("token" if args.action_space == "token" else "clone", args.task)

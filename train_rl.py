@@ -369,14 +369,12 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
                                     task.max_new_tokens)
             loss = (loss * weights[answer]).sum()
             loss.backward()
+            distance = (old_logps - r.logps[mask]).abs()
+            worst = max(worst, distance.max().item())
             figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
-                       "clipped": clipped}
-            if not norms:                               # nothing has been updated yet
-                distance = (old_logps - r.logps[mask]).abs()
-                figures["distance"], worst = distance, max(worst, distance.max().item())
+                       "clipped": clipped, "distance": distance}
             totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
-        if not norms:
-            check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
+        check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
         row_ids = [group["id"] for group in groups.values()]
         norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())

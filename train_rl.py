@@ -339,7 +339,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     """
     bias = agent.token_bias if agent.space == "token" else None
     totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
-    norms, worst, old = [], 0.0, {}
+    norm, worst, old = 0.0, 0.0, {}
     batches = training_batches(parts, groups, args, task.bounds)
     own_tokens = sum(int(mask.sum()) for *_, mask in batches)
     n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
@@ -375,14 +375,12 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
                        "clipped": clipped, "distance": distance}
             totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
         check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
-        row_ids = [group["id"] for group in groups.values()]
-        norms.append(optimizer_step(run, [optimizer], [lr], row_ids))
+        norm = optimizer_step(run, [optimizer], [lr], [group["id"] for group in groups.values()])
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
     tokens = max(1.0, totals["tokens"])
     kl = {} if reference is None else {"kl": totals["kl"] / tokens}
-    return {"loss": totals["loss"] / max(1, len(norms)), **kl,
-            "entropy": totals["entropy"] / tokens, "clip_fraction": totals["clipped"] / tokens,
-            "grad_norm": norms[-1] if norms else 0.0, "ratio_error": worst}
+    return {"loss": totals["loss"] / max(1, epochs), **kl, "entropy": totals["entropy"] / tokens,
+            "clip_fraction": totals["clipped"] / tokens, "grad_norm": norm, "ratio_error": worst}
 
 
 def check_rollout(dtype: torch.dtype, distance: dict[str, float]):

@@ -352,10 +352,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
         for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone
             with agent.autocast():
-                h, ref_h = replay(agent.policy, r)[mask], None                      # (K, d)
-                if reference is not None:
-                    with torch.no_grad():
-                        ref_h = replay(reference, r)[mask]
+                h = replay(agent.policy, r)[mask]                                   # (K, d)
+                ref_h = None if reference is None else replay(reference, r)[mask]   # it is frozen
                 logps, entropy, ref_logps, exact = action_statistics(               # (K,) each
                     agent.policy, h, r.actions[mask], args.temperature, bias, reference, ref_h)
             # pi_old is the policy of the first pass, before any step here, so ratios start at 1.

@@ -134,10 +134,9 @@ def group_moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN marks a failed judgement. Fewer than two judged answers have deviation 0."""
     rewards = rewards.double()                      # in fp32 equal rewards have a deviation
-    judged = ~rewards.isnan()
-    n = judged.sum(1, keepdim=True)
+    n = (~rewards.isnan()).sum(1, keepdim=True)
     mean = rewards.nansum(1, keepdim=True) / n.clamp(min=1)
-    square = torch.where(judged, (rewards - mean) ** 2, 0.0).sum(1, keepdim=True)
+    square = ((rewards - mean) ** 2).nansum(1, keepdim=True)
     return mean, (square / (n - 1).clamp(min=1)).sqrt()
 
 

@@ -208,9 +208,9 @@ class GaussianMap(nn.Module):
         """(..., d) -> (..., d)."""
         return e + self.mlp(e)
 
-    def log_var(self, e: Tensor) -> Tensor:
-        """(..., d) -> (..., d), in (-1, 1)."""
-        return torch.tanh(self.mlp_log_var(e))
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., d) -> mu and log var in (-1, 1), (..., d) each."""
+        return self.mu(e), torch.tanh(self.mlp_log_var(e))
 
 
 class Projector(nn.Module):

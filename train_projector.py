@@ -68,15 +68,12 @@ def gaussian_nll(mu: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
 def paired_loss(projector: Projector, e_vt: Tensor, e_t: Tensor) -> Tensor:
     """L_t2vt + L_vt2t of the same tokens' two embeddings, (K, d) each -> sum over K."""
     P, P_inv = projector.P, projector.P_inv
-    l_t2vt = gaussian_nll(P.mu(e_t), P.log_var(e_t), e_vt)
-    l_vt2t = gaussian_nll(P_inv.mu(e_vt), P_inv.log_var(e_vt), e_t)
-    return (l_t2vt + l_vt2t).sum()
+    return (gaussian_nll(*P(e_t), e_vt) + gaussian_nll(*P_inv(e_vt), e_t)).sum()
 
 
 def cycle_loss(projector: Projector, e_t: Tensor) -> Tensor:
     """L_cycle = -log p(e^T | P'(mu_P(e^T))) of text-only tokens, (K, d) -> sum over K."""
-    there = projector.P.mu(e_t)
-    return gaussian_nll(projector.P_inv.mu(there), projector.P_inv.log_var(there), e_t).sum()
+    return gaussian_nll(*projector.P_inv(projector.P.mu(e_t)), e_t).sum()
 
 
 def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict[str, Tensor]:

@@ -140,17 +140,6 @@ class CausalStack(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @classmethod
-    def from_backbone(cls, backbone, n_layers: int) -> CausalStack:
-        """A copy of the backbone's last layers, norm and output head, fp32, untied."""
-        text = backbone.model.language_model
-        stack = cls(text.config, 0, 1)
-        stack.layers, stack.norm, stack.rotary, stack.head = copy.deepcopy(
-            (text.layers[-n_layers:], text.norm, text.rotary_emb, backbone.lm_head))
-        for index, layer in enumerate(stack.layers):
-            layer.self_attn.layer_idx = index
-        return stack.float().requires_grad_(True)
-
     def hidden(self, x: Tensor, positions: Tensor, cache=None, mask=None) -> Tensor:
         """x (B, T, d) at positions (3, B, T) or (B, T), mask as in `run_layers` -> (B, T, d), what
         the head reads: normed."""
@@ -395,9 +384,15 @@ class Agent(nn.Module):
         return self
 
     def make_token_policy(self) -> Agent:
-        """The token-level baseline: its policy is a copy of the backbone's last layers."""
-        self.space = "token"
-        self.policy = CausalStack.from_backbone(self.backbone, self.structure["policy_layers"])
+        """The token-level baseline: its policy is a copy of the backbone's last layers, norm and
+        output head, fp32, untied."""
+        n, text = self.structure["policy_layers"], self.backbone.model.language_model
+        self.space, self.policy = "token", CausalStack(text.config, 0, 1)
+        self.policy.layers, self.policy.norm, self.policy.rotary, self.policy.head = copy.deepcopy(
+            (text.layers[-n:], text.norm, text.rotary_emb, self.backbone.lm_head))
+        for index, layer in enumerate(self.policy.layers):
+            layer.self_attn.layer_idx = index
+        self.policy.float().requires_grad_(True)
         return self
 
     def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> Agent:

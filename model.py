@@ -757,14 +757,13 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
         actor, caches, rows, group, uniform.view(N, -1).to(device), temperature, check_every)
 
     ends = torch.isin(tokens, actor.encoder.stop_ids.to(device))
-    finished, place = ends.any(1), torch.arange(max_new_tokens, device=device)
-    length = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)
-    mask, n = place < length[:, None], int(length.max())
+    mask = ends.cumsum(1) - ends.int() == 0             # no end stands before the token
+    n, place = int(mask.sum(1).max()), torch.arange(max_new_tokens, device=device)
     texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
              for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
     # Positions of the policy's inputs: the last prompt token's, then the answer's own.
     positions = (rows["policy_position"][:, None] - 1 + place[:n]).repeat_interleave(group, 0)
-    return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], finished,
+    return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], ends.any(1),
                    inputs[:, :n], positions, **prompt, group=group)
 
 

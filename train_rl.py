@@ -346,7 +346,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     # Without a token there is no step: AdamW's momentum alone would move the policy.
     epochs = args.inner_epochs if n["tokens"] else 0
     if args.aggregate == "local":
-        n["tokens"] = max(1, own_tokens) * world_size()
+        n["tokens"] = own_tokens * world_size()         # of a rank without a token it is not read
     for _ in range(epochs):
         for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone

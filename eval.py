@@ -623,8 +623,8 @@ def file_task(file: str, image_root=None) -> Task:
     random.Random(42).shuffle(unassigned)
     for split, part in cut(unassigned, sft=45, valid=50, rl=90, id=100).items():
         splits[split] += part
-    return Task(Path(file).stem, dimensions or DIMENSIONS, BOUNDS, splits, judge_by_overlap,
-                max_new_tokens=256)
+    return Task(Path(file).name.split(".")[0], dimensions or DIMENSIONS, BOUNDS, splits,
+                judge_by_overlap, max_new_tokens=256)
 
 
 # ---- MMRole and PCogAlignBench in their published layouts ----

@@ -23,7 +23,6 @@ Losses on task rows count the responses only; on corpora all text. Deviations: R
 import argparse
 import math
 import sys
-from pathlib import Path
 
 import eval as tasks
 import train_idm
@@ -106,15 +105,10 @@ def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
 
 KINDS = {   # folder, what trains, loss
     "bc": ("bc", ("policy",), code_losses),
-    "clone": ("sft-{task}-latent", ("policy",), code_losses),
-    "release": ("sft-{task}-latent-release", ("backbone",), release_losses),
-    "token": ("sft-{task}-token", ("policy",), token_losses),
+    "clone": ("sft-{task.name}-latent", ("policy",), code_losses),
+    "release": ("sft-{task.name}-latent-release", ("backbone",), release_losses),
+    "token": ("sft-{task.name}-token", ("policy",), token_losses),
     "lm": ("bc-token", ("policy",), token_losses)}
-
-
-def stage_of(kind: str, task: str) -> str:
-    """The run folder's name: bc, bc-token, sft-<task>-latent, -latent-release or -token."""
-    return KINDS[kind][0].format(task=Path(task).name.split(".")[0])
 
 
 def train_last_layers(agent: Agent, n_layers: int):
@@ -174,7 +168,7 @@ def main(argv=None):
     kind = {("latent", "bc"): "bc", ("latent", "sft"): args.sft,
             ("token", "bc"): "lm", ("token", "sft"): "token"}[args.action_space, args.stage]
     fill(args, DEFAULTS[kind])
-    stage, trains, losses = stage_of(kind, args.task), *KINDS[kind][1:]
+    stage, trains, losses = KINDS[kind]
     task = None if on_corpora else tasks.load_task(args)        # what is wrong with it comes first
     identity = tasks.identity(args, "paired", "text", *([] if on_corpora else ["task"]))
     if task and not task.splits["sft"]:
@@ -198,7 +192,7 @@ def main(argv=None):
         agent.make("policy", seed=args.seed)
     if token and not parent:
         agent.make_token_policy()
-    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
+    run = Run(args, folder_of(args, stage.format(task=task), args.name), agent, identity, parent)
     if run.finished:
         return
     if on_corpora:

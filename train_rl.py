@@ -23,7 +23,6 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import eval as tasks
 import train_bc
@@ -433,7 +432,7 @@ def main(argv=None):
     task.max_new_tokens = args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     if not task.splits["rl"]:                 # what is wrong with the task comes first
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
-    warm_start = train_bc.stage_of("token" if args.action_space == "token" else "clone", args.task)
+    warm_start = f"sft-{task.name}-{args.action_space}"
     if args.model == "tiny" and not args.parent:
         say(plan(args, warm_start))
     parent = predecessor(args, identity, warm_start, train_bc, "--action-space", args.action_space)
@@ -446,7 +445,7 @@ def main(argv=None):
     agent.min_p = args.min_p
     for row in sum(task.splits.values(), []):       # a bad one is named now, not when it is reached
         agent.encoder.check(row)
-    stage = f"rl-{Path(args.task).name.split('.')[0]}-{args.algo}-{args.action_space}-s{args.seed}"
+    stage = f"rl-{task.name}-{args.algo}-{args.action_space}-s{args.seed}"
     run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
     if run.finished:
         return

@@ -21,7 +21,6 @@ Losses on task rows count the responses only; on corpora all text. Deviations: R
 """
 
 import argparse
-import math
 import sys
 
 import eval as tasks
@@ -88,7 +87,7 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
     logps = agent.world_logprobs(states[:, :-1][where], agent.codebook(codes), targets)
-    return -logps, logps.detach() > math.log(0.5)
+    return -logps, logps.detach().exp() > 0.5
 
 
 def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -100,7 +99,7 @@ def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     h = agent.policy.hidden(x, batch.positions)
     h = h.gather(1, batch.text_index[..., None].expand(-1, -1, h.shape[-1]))[:, :-1][where]
     logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
-    return -logps, logps.detach() > math.log(0.5)
+    return -logps, logps.detach().exp() > 0.5
 
 
 KINDS = {   # folder, what trains, loss

@@ -17,7 +17,6 @@ and 20.
 """
 
 import argparse
-import os
 import random
 import shutil
 
@@ -295,7 +294,7 @@ def ensure_base(args):
     if rank() == 0:
         for part in (model.eval(), tokenizer, processor):
             part.save_pretrained(half_made)
-        os.replace(half_made, folder)
+        half_made.replace(folder)
         shutil.rmtree(folder / "pretraining" / "state")
     barrier()
 

@@ -19,7 +19,6 @@ masked out of statistics, loss and denominators alike, never scored as 0. Deviat
 
 import argparse
 import copy
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -481,8 +480,8 @@ def main(argv=None):
         if (step + 1) % SAMPLE_EVERY == 0:
             run.append("samples.jsonl", [
                 {"step": step, "prompt": groups[0]["prompt"], "answer": text,
-                 "reward": None if math.isnan(reward) else reward}
-                for text, reward in zip(groups[0]["texts"], groups[0]["rewards"].tolist())])
+                 "reward": None if reward.isnan() else reward.item()}
+                for text, reward in zip(groups[0]["texts"], groups[0]["rewards"])])
         run.save(step + 1, state)
     entries = {}
     if splits:

@@ -95,12 +95,11 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
     with the share of them that stay; codes in use, marginal perplexity, and code use of text-only
     rows without the projector ("text, no P": coverage); and every code's share."""
     report, shares, n, head = {}, {}, agent.structure["codes"], agent.backbone.lm_head
-    labels = {name: name for name in held}
     if "text" in held and agent.projector is not None:
-        labels["text, no P"] = "text"
-    for label, name in labels.items():
+        held = {**held, "text, no P": held["text"]}
+    for name, examples in held.items():
         parts = []
-        for batch in micro_batches(agent, held[name], tokens_at_once):
+        for batch in micro_batches(agent, examples, tokens_at_once):
             where, targets = batch.labelled()
             e, inferred = agent.embeddings(batch), []
             noise = nn.utils.rnn.pad_sequence([     # of a row: the same in any batch
@@ -109,7 +108,7 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
                 for row_id, n in zip(batch.row_ids, batch.text_lengths)], batch_first=True).to(e)
             size = e.square().mean(-1, keepdim=True).sqrt()
             for given in (e + NOISE * size * noise, e):
-                states = given if label != name else agent.project(given, batch.has_image)
+                states = given if name == "text, no P" else agent.project(given, batch.has_image)
                 with agent.autocast():
                     inferred.append(agent.idm_logits(states)[where].argmax(-1))
             parts.append((e[:, :-1][where], states[:, :-1][where], targets, *inferred))
@@ -122,8 +121,8 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
             return -agent.world_logprobs(s, agent.codebook(given), targets).mean().item()
         backbone = -token_logprobs(head, e, targets, agent.token_bias).mean().item()
         counts = torch.bincount(codes, minlength=n)
-        shares[label] = (counts / len(codes)).tolist()
-        report[label] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
+        shares[name] = (counts / len(codes)).tolist()
+        report[name] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
                          "backbone": backbone, "IDM, noise": ce(noisy),
                          "kept": (codes == noisy).float().mean().item(),
                          **tasks.code_usage(counts)}
@@ -167,7 +166,7 @@ def main(argv=None):
             noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), args.codes,
                                  args.seed, "idm", step).to(agent.device)
             ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
-            paired = batch.has_image[:, None].expand_as(batch.predicts)[:, :-1][batch.labelled()[0]]
+            paired = ~batch.text_only[:, :-1][batch.labelled()[0]]
             loss = inverse_loss(ce, neg_entropy, paired, counts)
             figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
                        "entropy": -neg_entropy.sum(),

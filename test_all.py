@@ -3878,7 +3878,7 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     task = tasks.Task("t", ("d",), (0, 1), {}, judge, 10)
     prompts = train_rl.Prompts(rows, 0)
     parts, groups, kept = train_rl.collect(agent, task, prompts, args, 5)
-    assert kept == want and prompts.cursor == len(groups) == 3 * rounds == 3 * len(parts)
+    assert list(kept) == want and prompts.cursor == len(groups) == 3 * rounds == 3 * len(parts)
     assert [place for _, places in parts for place in places] == list(groups) == list(range(
         3 * rounds)) and [group["id"] for group in groups.values()] == order[:3 * rounds]
     assert ("of 12 groups" in capsys.readouterr().out) == (dynamic == "on" and len(want) < 3)
@@ -3889,8 +3889,7 @@ def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, 
     assert len({tuple(group["texts"]) for group in groups.values()}) == len(groups)
     again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, 6)[1]
     assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
-    batches = train_rl.training_batches(parts, {p: groups[p] for p in kept}, args,
-                                        task.bounds) if kept else []
+    batches = train_rl.training_batches(parts, kept, args, task.bounds) if kept else []
     assert torch.equal(torch.cat([A for _, _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
         [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
         or [torch.zeros(0)]))
@@ -4166,8 +4165,8 @@ def everything(device) -> dict:
         parts, groups, kept = train_rl.collect(one, task, train_rl.Prompts(rows, 0), args, 0)
         run = SimpleNamespace(skipped=0, skipped_all=0, taken=0, folder="run")
         figures = train_rl.update(
-            one, start, torch.optim.AdamW(one.policy.parameters()), 1e-2, run, parts,
-            {place: groups[place] for place in kept}, args, task)
+            one, start, torch.optim.AdamW(one.policy.parameters()), 1e-2, run, parts, kept, args,
+            task)
         assert run.taken == 2 and figures["kl"] > 0
         out[one.space] = [figures, train_rl.step_figures(groups, one.space), *(
             tensor for part, _ in parts for tensor in (part.tokens, part.actions, part.logps)),

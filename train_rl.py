@@ -284,13 +284,13 @@ def play(agent: Agent, task, rows: list[dict], places: list[int], args,
 
 
 def collect(agent: Agent, task, prompts: Prompts, args, step: int):
-    """The step's rollouts on this rank, all groups of all ranks, and the places that train.
+    """The step's rollouts on this rank, all groups of all ranks, and those of them that train.
 
     Dynamic sampling keeps groups whose task reward (before the overlong term) varies and refills
     up to REFILLS more rounds; the same decision on every rank, surplus groups are cut.
     """
     dynamic = "dynamic-sampling" in args.extras
-    parts, groups, kept = [], {}, []
+    parts, groups = [], {}
     for attempt in range(1 + REFILLS * dynamic):
         rows, played = prompts.next(args.prompts), len(groups)
         mine = range(rank(), len(rows), world_size())
@@ -299,12 +299,12 @@ def collect(agent: Agent, task, prompts: Prompts, args, step: int):
                                      (args.seed, "rl", step, attempt))
         parts += new_parts
         groups |= dict(sorted(gather(new_groups).items()))
-        kept = [p for p, group in groups.items() if not dynamic or varies(group["rewards"])]
+        kept = {p: group for p, group in groups.items() if not dynamic or varies(group["rewards"])}
         if len(kept) >= args.prompts:
             break
     if dynamic and len(kept) < args.prompts:
         say(f"note: step {step}: of {len(groups)} groups {len(kept)} vary, {args.prompts} wanted")
-    return parts, groups, kept[:args.prompts]
+    return parts, groups, dict(list(kept.items())[:args.prompts])
 
 
 def varies(rewards: Tensor) -> bool:
@@ -469,8 +469,7 @@ def main(argv=None):
         began, lr = time.time(), args.lr * min(1.0, (step + 1) / WARMUP)
         figures = {**step_figures(groups, agent.space), "groups": len(kept)}
         if kept:      # else AdamW's momentum alone would move the policy
-            figures |= update(agent, reference, optimizer, lr, run, parts,
-                              {place: groups[place] for place in kept}, args, task)
+            figures |= update(agent, reference, optimizer, lr, run, parts, kept, args, task)
         seconds = {name: sum(group[name] for group in groups.values()) / world_size()
                    for name in ("seconds_rollout", "seconds_judge")}
         seconds["seconds_update"] = time.time() - began

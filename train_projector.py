@@ -198,9 +198,8 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
     # embeddings are overwritten on the way there in a model this narrow; larger ones (1.0) outshine
     # the picture.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    return model, tokenizer, processor
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    return model, tokenizer, Qwen2VLImageProcessorPil(size=size)
 
 
 def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
@@ -254,9 +253,8 @@ def ensure_base(args):
     texts = [m["content"] for kind in ("caption", "base", "text")
              for row in tasks.mini_corpus(kind, 1500, seed) for m in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, seed)
-    model = model.to(device_of(args))
-    encoder = Encoder(tokenizer, processor, model)
-    agent = Agent(model, encoder, {})
+    model.to(device_of(args))
+    agent = Agent(model, Encoder(tokenizer, processor, model), {})
     plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
     run = Run(argparse.Namespace(seed=seed, steps=len(plan), fresh=False),
               half_made / "pretraining", agent, identity)
@@ -272,7 +270,7 @@ def ensure_base(args):
             for phase, kinds in BASE_ROWS.items()}
     for phase in rows:                              # a stream reads in blocks: mix the kinds
         random.Random(key_seed(seed, phase)).shuffle(rows[phase])
-    streams = {phase: Stream(rows[phase], encoder, BASE_TOKENS, key_seed(seed, phase))
+    streams = {phase: Stream(rows[phase], agent.encoder, BASE_TOKENS, key_seed(seed, phase))
                for phase in rows}
     words = {row["id"]: cell_words(row, tokenizer) for row in rows["align"]}
     state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}

@@ -3823,7 +3823,7 @@ def test_update_without_signal_is_quiet():
     r = roll()[1]
     for algo in ("dapo", "bnpo", "grpo"):
         steps, figures, _ = update(r, torch.full((3, 3), NAN), algo)
-        assert all(map(math.isfinite, figures.values()))
+        assert not figures                          # as in a step that keeps no group
         assert not steps                            # fails if AdamW's momentum moves the policy
 
 

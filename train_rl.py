@@ -329,23 +329,24 @@ def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, d
 
 def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
            args, task) -> dict[str, float]:
-    """An optimiser step on the kept groups for each inner epoch; global figures.
+    """An optimiser step on the kept groups for each inner epoch; global figures. Without a token
+    no step and no figures: AdamW's momentum alone would move the policy.
 
     `parts` and `groups` are those of `play`; K below are a part's loss tokens. Denominators are
     counted over all ranks before any backward.
     """
     bias = agent.token_bias if agent.space == "token" else None
     totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
-    norm, worst, old = 0.0, 0.0, {}
-    batches = training_batches(parts, groups, args, task.bounds)
+    batches = training_batches(parts, groups, args, task.bounds) if groups else []
     own_tokens = sum(int(mask.sum()) for *_, mask in batches)
     n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
                  "tokens": own_tokens})
-    # Without a token there is no step: AdamW's momentum alone would move the policy.
-    epochs = args.inner_epochs if n["tokens"] else 0
+    if not n["tokens"]:
+        return {}
     if args.aggregate == "local":
         n["tokens"] = own_tokens * world_size()         # of a rank without a token it is not read
-    for _ in range(epochs):
+    worst, old = 0.0, {}
+    for _ in range(args.inner_epochs):
         for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone
             with agent.autocast():
@@ -372,10 +373,10 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
         check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
         norm = optimizer_step(run, [optimizer], [lr], [group["id"] for group in groups.values()])
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
-    tokens = max(1.0, totals["tokens"])
-    kl = {} if reference is None else {"kl": totals["kl"] / tokens}
-    return {"loss": totals["loss"] / max(1, epochs), **kl, "entropy": totals["entropy"] / tokens,
-            "clip_fraction": totals["clipped"] / tokens, "grad_norm": norm, "ratio_error": worst}
+    mean = {name: total / totals["tokens"] for name, total in totals.items()}
+    kl = {} if reference is None else {"kl": mean["kl"]}
+    return {"loss": totals["loss"] / args.inner_epochs, **kl, "entropy": mean["entropy"],
+            "clip_fraction": mean["clipped"], "grad_norm": norm, "ratio_error": worst}
 
 
 def check_rollout(dtype: torch.dtype, distance: dict[str, float]):
@@ -468,8 +469,7 @@ def main(argv=None):
         refuse_unjudged(step, groups)
         began, lr = time.time(), args.lr * min(1.0, (step + 1) / WARMUP)
         figures = {**step_figures(groups, agent.space), "groups": len(kept)}
-        if kept:      # else AdamW's momentum alone would move the policy
-            figures |= update(agent, reference, optimizer, lr, run, parts, kept, args, task)
+        figures |= update(agent, reference, optimizer, lr, run, parts, kept, args, task)
         seconds = {name: sum(group[name] for group in groups.values()) / world_size()
                    for name in ("seconds_rollout", "seconds_judge")}
         seconds["seconds_update"] = time.time() - began

@@ -123,9 +123,9 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> tupl
         counts = torch.bincount(codes, minlength=n)
         shares[name] = (counts / len(codes)).tolist()
         report[name] = {"IDM": ce(codes), "shuffled": ce(shuffled), "random": ce(random),
-                         "backbone": backbone, "IDM, noise": ce(noisy),
-                         "kept": (codes == noisy).float().mean().item(),
-                         **tasks.code_usage(counts)}
+                        "backbone": backbone, "IDM, noise": ce(noisy),
+                        "kept": (codes == noisy).float().mean().item(),
+                        **tasks.code_usage(counts)}
     return report, shares
 
 

@@ -946,24 +946,28 @@ class Example:
         return len(self.ids)
 
 
-@dataclass
 class Batch:
     """B rows, right-padded: the backbone's view (length T) and the text tokens' view (length M).
 
     Right padding with a causal mask and explicit positions is exact for the real tokens.
     """
-    row_ids: list[str]
-    ids: Tensor                 # (B, T)
-    positions: Tensor           # (3, B, T)
-    text_index: Tensor          # (B, M)
-    tokens: Tensor              # (B, M)
-    predicts: Tensor            # (B, M) bool
-    seen_image: Tensor          # (B, M) bool
-    lengths: Tensor             # (B,)
-    text_lengths: Tensor        # (B,)
-    has_image: Tensor           # (B,) bool
-    grids: Tensor               # (images, 3)
-    pixels: Tensor | None       # (patches, 1176) of all images
+
+    def __init__(self, rows: list[Example], pad: int, pixels: Tensor | None):
+        def padded(name, value=0):
+            return nn.utils.rnn.pad_sequence([getattr(row, name) for row in rows],
+                                             batch_first=True, padding_value=value)
+        self.row_ids = [row.id for row in rows]
+        self.ids = padded("ids", pad)                                       # (B, T)
+        self.positions = padded("positions").permute(2, 0, 1)               # (3, B, T)
+        self.text_index = padded("text_index")                              # (B, M)
+        self.tokens = padded("tokens", pad)                                 # (B, M)
+        self.predicts = padded("predicts")                                  # (B, M) bool
+        self.seen_image = padded("seen_image")                              # (B, M) bool
+        self.lengths = torch.tensor([len(row) for row in rows])             # (B,)
+        self.text_lengths = torch.tensor([len(row.tokens) for row in rows])             # (B,)
+        self.has_image = torch.tensor([len(row.grids) > 0 for row in rows])     # (B,) bool
+        self.grids = torch.cat([row.grids for row in rows])                 # (images, 3)
+        self.pixels = pixels                            # (patches, 1176) of all images, or None
 
     @property
     def real(self) -> Tensor:
@@ -981,8 +985,11 @@ class Batch:
         return where, self.tokens[:, 1:][where]
 
     def to(self, device) -> Batch:
-        return Batch(**{name: value.to(device) if isinstance(value, Tensor) else value
-                        for name, value in vars(self).items()})
+        """This batch, its tensors moved."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
 
 
 class Encoder:
@@ -1086,18 +1093,9 @@ class Encoder:
         return self.processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def collate(self, examples: list[Example]) -> Batch:
-        """B rows as one right-padded batch: ids (B, T), tokens (B, M) and so on, see `Batch`."""
-        def padded(name, value=0):
-            return nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples],
-                                             batch_first=True, padding_value=value)
+        """B rows as one right-padded batch, their images decoded where no thread has done so."""
         pixels = [self.pixels(e) if e.pixels is None else e.pixels for e in examples if e.images]
-        return Batch([e.id for e in examples], padded("ids", self.pad),
-                     padded("positions").permute(2, 0, 1), padded("text_index"),
-                     padded("tokens", self.pad), padded("predicts"), padded("seen_image"),
-                     torch.tensor([len(e) for e in examples]),
-                     torch.tensor([len(e.tokens) for e in examples]),
-                     torch.tensor([len(e.grids) > 0 for e in examples]),
-                     torch.cat([e.grids for e in examples]), torch.cat(pixels) if pixels else None)
+        return Batch(examples, self.pad, torch.cat(pixels) if pixels else None)
 
 
 class Source:

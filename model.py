@@ -43,7 +43,6 @@ import datetime
 import fcntl
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -71,6 +70,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -84,10 +84,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 # Without torchvision the PIL processor is the only one.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil, smart_resize)
-from transformers.utils import cached_file
-from transformers.utils.logging import disable_progress_bar
 
-disable_progress_bar()                                  # of transformers' own loading
+transformers.utils.logging.disable_progress_bar()       # of its own loading
 LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss: 64 MiB in fp32
 
 
@@ -300,7 +298,7 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if tokenizer.chat_template is None:     # older snapshots keep it beside the processor
-            file = Path(cached_file(path, "chat_template.json"))
+            file = Path(transformers.utils.cached_file(path, "chat_template.json"))
             tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -1739,7 +1737,7 @@ class Run:
             "identity": identity, "base": agent.base_hash, "space": agent.space,
             "parent": os.path.relpath(parent, self.folder) if parent else None,
             "parent_sha256": read_config(parent)["sha256"] if parent else None, "sha256": None,
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "git": git_commit(), "argv": sys.argv}
         if self.finished or (self.folder / "state" / "last.pt").exists():
             self._compare(read_config(self.folder))     # as rank 0 writes it, this much is equal

@@ -264,19 +264,6 @@ def key_seed(*keys) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def keyed_gumbel(row_ids: list[str], lengths, n: int, *keys) -> Tensor:
-    """Gumbel noise for every valid position of a batch, keyed by (keys, row, position).
-
-    lengths: positions per row -> (B, max length, n) on CPU; the same row gets the same noise
-    whatever batch, micro-batch or rank it falls into.
-    """
-    noise = torch.zeros(len(row_ids), max(lengths), n)
-    for b, (row_id, length) in enumerate(zip(row_ids, lengths)):
-        generator = torch.Generator().manual_seed(key_seed(*keys, row_id))
-        noise[b, :length] = torch.rand(length, n, generator=generator)
-    return -torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
-
-
 # ---- Agent -----------------------------------------------------------------------------------
 
 

@@ -62,8 +62,8 @@ import train_idm
 import train_projector as stage1
 import train_rl
 from model import (Agent, CausalStack, Encoder, GaussianMap, Projector, Stream, UserError,
-                   WorldModel, action_statistics, choose, keyed_gumbel, replay, rollout,
-                   token_logprobs)
+                   WorldModel, action_statistics, choose, replay, rollout, token_logprobs)
+from train_idm import keyed_gumbel
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
@@ -1651,19 +1651,6 @@ def test_action_statistics_equal_brute_force_in_any_chunk(masked):
         assert not got[2].requires_grad             # the reference is not trained
     assert action_statistics(new, x, actions, 0.7, bias)[2:] == (None, None)
     assert action_statistics(new, x[:0], actions[:0])[0].shape == (0,)
-
-
-def test_keyed_gumbel_is_the_same_in_every_batch_split():
-    ids, lengths = ["a", "b", "c"], [5, 9, 7]
-    noise = keyed_gumbel(ids, lengths, 4, 0, "idm", 3)
-    for b in range(3):
-        alone = keyed_gumbel(ids[b:b + 1], lengths[b:b + 1], 4, 0, "idm", 3)
-        assert torch.equal(noise[b, :lengths[b]], alone[0])
-    for other in ((1, "idm", 3), (0, "idm", 4)):    # fails if step or seed is left out of the key
-        assert not torch.equal(keyed_gumbel(ids, lengths, 4, *other), noise)
-    assert not torch.equal(noise[0, :5], noise[1, :5])
-    many = keyed_gumbel(["x"], [20_000], 4, 0)      # mean: Euler's constant; variance: pi^2 / 6
-    close([many.mean(), many.var()], [0.5772, math.pi ** 2 / 6], 0.02)
 
 
 def test_choose_draws_each_action_with_its_probability():
@@ -3419,6 +3406,19 @@ def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated(
 
 
 # ---- train_idm.py ----------------------------------------------------------------------------
+
+
+def test_keyed_gumbel_is_the_same_in_every_batch_split():
+    ids, lengths = ["a", "b", "c"], [5, 9, 7]
+    noise = keyed_gumbel(ids, lengths, 4, 0, "idm", 3)
+    for b in range(3):
+        alone = keyed_gumbel(ids[b:b + 1], lengths[b:b + 1], 4, 0, "idm", 3)
+        assert torch.equal(noise[b, :lengths[b]], alone[0])
+    for other in ((1, "idm", 3), (0, "idm", 4)):    # fails if step or seed is left out of the key
+        assert not torch.equal(keyed_gumbel(ids, lengths, 4, *other), noise)
+    assert not torch.equal(noise[0, :5], noise[1, :5])
+    many = keyed_gumbel(["x"], [20_000], 4, 0)      # mean: Euler's constant; variance: pi^2 / 6
+    close([many.mean(), many.var()], [0.5772, math.pi ** 2 / 6], 0.02)
 
 
 def test_straight_through_is_one_hot_with_softmaxs_gradient():

@@ -21,8 +21,8 @@ import argparse
 import eval as tasks
 import train_projector
 from model import (Agent, Batch, Run, UserError, all_sum, corpora, cosine, fill, folder_of,
-                   key_seed, keyed_gumbel, launch, make_parser, micro_batches, next_batches,
-                   optimizer_step, predecessor, say, token_counts, token_logprobs, within)
+                   key_seed, launch, make_parser, micro_batches, next_batches, optimizer_step,
+                   predecessor, say, token_counts, token_logprobs, within)
 from train_projector import ensure_base, projector_losses, projector_masks, projector_report
 
 import torch
@@ -52,6 +52,19 @@ def straight_through(logits: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
     soft = F.softmax((logits + noise) / tau, -1)
     hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft.dtype)
     return hard + soft - soft.detach()
+
+
+def keyed_gumbel(row_ids: list[str], lengths, n: int, *keys) -> Tensor:
+    """Gumbel noise for every valid position of a batch, keyed by (keys, row, position).
+
+    lengths: positions per row -> (B, max length, n) on CPU; the same row gets the same noise
+    whatever batch, micro-batch or rank it falls into.
+    """
+    noise = torch.zeros(len(row_ids), max(lengths), n)
+    for b, (row_id, length) in enumerate(zip(row_ids, lengths)):
+        generator = torch.Generator().manual_seed(key_seed(*keys, row_id))
+        noise[b, :length] = torch.rand(length, n, generator=generator)
+    return -torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
 
 
 def negative_entropy(logits: Tensor) -> Tensor:

@@ -49,10 +49,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from model import (LOGITS_AT_ONCE, STRUCTURAL, Agent, UserError, agreed, all_sum, count,
-                   file_identity, format_table, gather, in_chunks, init_distributed, key_seed,
-                   launch, micro_batches, open_image, pack, positive, rank, read_config, read_rows,
-                   replay, rollout, say, table_cells, text_positions, within, world_size,
-                   write_text)
+                   format_table, gather, in_chunks, init_distributed, key_seed, launch,
+                   micro_batches, open_image, pack, positive, rank, read_config, read_rows, replay,
+                   rollout, say, table_cells, text_positions, within, world_size, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +162,17 @@ def task_flags(parser: argparse.ArgumentParser):
     add("--judge-model", help="the judge's model name at that endpoint")
     add("--eval-prompts", type=count, metavar="N", help="N prompts of each evaluated split, spread "
         "evenly over it (default: all)")
+
+
+def file_identity(path: str, whole: bool = False) -> str:
+    """Name, size and a hash of a data file: of the whole, or of its first and last MiB. A weight
+    (FILE=WEIGHT) stays part of the name."""
+    with open(path if os.path.exists(path) else path.rpartition("=")[0] or path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        data = f.read() if whole else f.read(2 ** 20)
+        f.seek(max(0, size - 2 ** 20))
+        data += b"" if whole else f.read()
+    return f"{Path(path).name} {size} {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def identity(args, *kinds: str) -> dict:

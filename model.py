@@ -1613,17 +1613,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def file_identity(path: str, whole: bool = False) -> str:
-    """Name, size and a hash of a data file: of the whole, or of its first and last MiB. A weight
-    (FILE=WEIGHT) stays part of the name."""
-    with open(path if os.path.exists(path) else path.rpartition("=")[0] or path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        data = f.read() if whole else f.read(2 ** 20)
-        f.seek(max(0, size - 2 ** 20))
-        data += b"" if whole else f.read()
-    return f"{Path(path).name} {size} {hashlib.sha256(data).hexdigest()[:16]}"
-
-
 def read_config(folder) -> dict:
     """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
     try:

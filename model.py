@@ -229,35 +229,6 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     return in_chunks(piece, chunk // head.out_features, x, targets)[0]
 
 
-def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,
-                      bias: Tensor | None = None, reference: CausalStack | None = None,
-                      reference_x: Tensor | None = None, chunk: int = LOGITS_AT_ONCE):
-    """Log-prob of each action, entropy, and divergence from a reference, in chunks.
-
-    x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`, (n,)) and
-    temperature are those the actions were sampled with. Returns (logp, entropy, reference logp
-    or None, exact KL(policy || reference) summed over the actions or None), each (K,) fp32.
-    """
-    def log_softmax(stack, x):
-        logits = stack.head(x).float() / temperature
-        return F.log_softmax(logits if bias is None else logits + bias, -1)
-
-    def piece(x, actions, reference_x=None):
-        logps = log_softmax(policy, x)                  # (K, n)
-        p, chosen = logps.exp(), actions[:, None]
-        safe = logps.masked_fill(p == 0, 0)             # 0 log 0 = 0 on the masked support
-        out = [logps.gather(1, chosen)[:, 0], -(p * safe).sum(-1)]
-        if reference_x is not None:
-            with torch.no_grad():
-                ref = log_softmax(reference, reference_x)
-            kl = (p * (safe - ref.masked_fill(p == 0, 0))).sum(-1)
-            out += [ref.gather(1, chosen)[:, 0], kl]
-        return tuple(out)
-    tensors = (x, actions) if reference_x is None else (x, actions, reference_x)
-    out = in_chunks(piece, chunk // policy.head.out_features, *tensors)
-    return tuple(out) if reference_x is not None else (*out, None, None)
-
-
 def key_seed(*keys) -> int:
     """A seed that depends on the keys alone: the same for any split over ranks and batches."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()

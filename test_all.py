@@ -62,8 +62,9 @@ import train_idm
 import train_projector as stage1
 import train_rl
 from model import (Agent, CausalStack, Encoder, GaussianMap, Projector, Stream, UserError,
-                   WorldModel, action_statistics, choose, replay, rollout, token_logprobs)
+                   WorldModel, choose, replay, rollout, token_logprobs)
 from train_idm import keyed_gumbel
+from train_rl import action_statistics
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
@@ -1628,29 +1629,6 @@ def test_token_logprobs_equal_brute_force_in_any_chunk(masked):
             close(a, b)
     empty = token_logprobs(head, x[:0], targets[:0])        # a rank without labelled tokens
     assert empty.shape == (0,) and empty.sum().requires_grad
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_action_statistics_equal_brute_force_in_any_chunk(masked):
-    torch.manual_seed(0)
-    new, ref = (type("Policy", (), {"head": nn.Linear(8, 11)}) for _ in range(2))
-    x, ref_x = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8)
-    actions, bias, n = torch.arange(7), torch.zeros(11), 9 if masked else 11
-    bias[n:] = -math.inf
-    p, q = (F.softmax(net.head(h)[:, :n] / 0.7, -1) for net, h in ((new, x), (ref, ref_x)))
-    want = [p[range(7), actions].log(), -(p * p.log()).sum(-1), q[range(7), actions].log(),
-            (p * (p.log() - q.detach().log())).sum(-1)]
-    params = [x, *new.head.parameters()]
-    for chunk in (1, 33, 2 ** 24):
-        got = action_statistics(new, x, actions, 0.7, bias, ref, ref_x, chunk)
-        for a, b in zip(got, want, strict=True):
-            close(a, b)
-        for k in (0, 1, 3):
-            for a, b in zip(gradients(got[k].sum(), params), gradients(want[k].sum(), params)):
-                close(a, b)
-        assert not got[2].requires_grad             # the reference is not trained
-    assert action_statistics(new, x, actions, 0.7, bias)[2:] == (None, None)
-    assert action_statistics(new, x[:0], actions[:0])[0].shape == (0,)
 
 
 def test_choose_draws_each_action_with_its_probability():
@@ -3553,6 +3531,29 @@ def test_beta_weights_by_hand_and_their_guards():
     w = train_rl.beta_weights(edge[:, None], edge)
     assert w.isfinite().all() and w.max() <= 1e6    # fails without the bound on 1 / pdf
     assert train_rl.advantages(edge[:, None].expand(4, 3), "beta")[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_action_statistics_equal_brute_force_in_any_chunk(masked):
+    torch.manual_seed(0)
+    new, ref = (type("Policy", (), {"head": nn.Linear(8, 11)}) for _ in range(2))
+    x, ref_x = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8)
+    actions, bias, n = torch.arange(7), torch.zeros(11), 9 if masked else 11
+    bias[n:] = -math.inf
+    p, q = (F.softmax(net.head(h)[:, :n] / 0.7, -1) for net, h in ((new, x), (ref, ref_x)))
+    want = [p[range(7), actions].log(), -(p * p.log()).sum(-1), q[range(7), actions].log(),
+            (p * (p.log() - q.detach().log())).sum(-1)]
+    params = [x, *new.head.parameters()]
+    for chunk in (1, 33, 2 ** 24):
+        got = action_statistics(new, x, actions, 0.7, bias, ref, ref_x, chunk)
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+        for k in (0, 1, 3):
+            for a, b in zip(gradients(got[k].sum(), params), gradients(want[k].sum(), params)):
+                close(a, b)
+        assert not got[2].requires_grad             # the reference is not trained
+    assert action_statistics(new, x, actions, 0.7, bias)[2:] == (None, None)
+    assert action_statistics(new, x[:0], actions[:0])[0].shape == (0,)
 
 
 def test_surrogate_kl_weights_and_overlong_by_hand():

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 
 import eval as tasks
 import train_bc
-from model import (Agent, Rollout, Run, UserError, action_statistics, all_sum, count, fill,
-                   folder_of, format_table, gather, key_seed, launch, make_parser, model_root,
-                   optimizer_step, pack, positive, predecessor, rank, replay, rollout, say, within,
-                   world_size)
+from model import (LOGITS_AT_ONCE, Agent, CausalStack, Rollout, Run, UserError, all_sum, count,
+                   fill, folder_of, format_table, gather, in_chunks, key_seed, launch, make_parser,
+                   model_root, optimizer_step, pack, positive, predecessor, rank, replay, rollout,
+                   say, within, world_size)
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -180,6 +181,35 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 
 
 # ---- The loss: pure functions ---------------------------------------------------------------
+
+
+def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,
+                      bias: Tensor | None = None, reference: CausalStack | None = None,
+                      reference_x: Tensor | None = None, chunk: int = LOGITS_AT_ONCE):
+    """Log-prob of each action, entropy, and divergence from a reference, in chunks.
+
+    x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`, (n,)) and
+    temperature are those the actions were sampled with. Returns (logp, entropy, reference logp
+    or None, exact KL(policy || reference) summed over the actions or None), each (K,) fp32.
+    """
+    def log_softmax(stack, x):
+        logits = stack.head(x).float() / temperature
+        return F.log_softmax(logits if bias is None else logits + bias, -1)
+
+    def piece(x, actions, reference_x=None):
+        logps = log_softmax(policy, x)                  # (K, n)
+        p, chosen = logps.exp(), actions[:, None]
+        safe = logps.masked_fill(p == 0, 0)             # 0 log 0 = 0 on the masked support
+        out = [logps.gather(1, chosen)[:, 0], -(p * safe).sum(-1)]
+        if reference_x is not None:
+            with torch.no_grad():
+                ref = log_softmax(reference, reference_x)
+            kl = (p * (safe - ref.masked_fill(p == 0, 0))).sum(-1)
+            out += [ref.gather(1, chosen)[:, 0], kl]
+        return tuple(out)
+    tensors = (x, actions) if reference_x is None else (x, actions, reference_x)
+    out = in_chunks(piece, chunk // policy.head.out_features, *tensors)
+    return tuple(out) if reference_x is not None else (*out, None, None)
 
 
 def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: float,

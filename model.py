@@ -77,8 +77,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, DynamicCache,
-                          Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer, Qwen2_5_VLRotaryEmbedding)
 # Without torchvision the PIL processor is the only one.
@@ -244,16 +242,16 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
     Safetensors only, no remote code. Raises `UserError` for anything that is not Qwen2.5-VL.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"{path}: is a {config.model_type} model, not Qwen2.5-VL; "
                             "--model takes tiny, a Qwen2.5-VL folder or a hub id")
-        model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, loaded = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
             output_loading_info=True)
         if loaded["missing_keys"]:
             raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[0]} and others")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if tokenizer.chat_template is None:     # older snapshots keep it beside the processor
             file = Path(transformers.utils.cached_file(path, "chat_template.json"))
@@ -747,7 +745,7 @@ def replay(policy: CausalStack, r: Rollout) -> Tensor:
     mask = torch.cat([before, causal.expand(len(before), -1, -1)], -1)[:, None]
 
     def both(layer, prompt, x):
-        cache = DynamicCache()      # KVCache writes in place, where gradients have to pass
+        cache = transformers.DynamicCache()     # a KVCache writes in place: no gradient passes
         prompt = run_layers([layer], prompt, policy.rotary, r.prompt_positions, cache)
         cache.batch_repeat_interleave(r.group)
         return prompt, run_layers([layer], x, policy.rotary, r.positions, cache, mask)

@@ -242,30 +242,28 @@ QUESTIONS = {      # kind -> wordings; {} is the cell or the object that is aske
 Persona = namedtuple("Persona", "name role opening verb adjective closing")
 SLOTS = Persona._fields[2:]                # the persona's own words in an answer
 NEUTRAL = Persona("", "", "Hello.", "see", "nice", "Thank you.")
-PERSONAS = [
-    Persona("Captain Vane", "pirate", "Ahoy, matey!", "spy", "mighty", "Fair winds!"),
-    Persona("Sir Rowan", "knight", "Hark!", "behold", "noble", "By my sword!"),
-    Persona("Doctor Quill", "scientist", "Fascinating.", "observe", "typical",
-            "More tests are needed."),
-    Persona("Chef Basil", "cook", "Mamma mia!", "savour", "tasty", "Dinner is served!"),
-    Persona("Zed", "robot", "Beep boop.", "detect", "standard", "End of report."),
-    Persona("Coach Dunn", "trainer", "Listen up, team!", "spot", "winning", "Keep running!"),
-    Persona("Granny Mabel", "grandmother", "Oh dear.", "notice", "lovely", "Have some cake."),
-    Persona("Wanda", "witch", "Hee hee!", "conjure", "spooky", "Stir the cauldron!"),
-    Persona("Inspector Grey", "detective", "Aha!", "discover", "suspicious", "Case closed."),
-    Persona("Orla", "poet", "Sweet muse,", "admire", "gentle", "So sings my heart."),
-    Persona("Dusty Rex", "cowboy", "Howdy, partner!", "reckon", "dandy", "Ride on!"),
-    Persona("Major Nova", "pilot", "Houston, hello.", "track", "cosmic", "Over and out."),
-    Persona("Nurse Ivy", "nurse", "There, there.", "examine", "healthy", "Rest well now."),
-    Persona("Judge Oakes", "judge", "Order, order!", "declare", "lawful", "Court is adjourned."),
-    Persona("Farmer Gus", "farmer", "Good morning, folks.", "gather", "ripe",
-            "Back to the fields."),
-    Persona("Lady Pearl", "duchess", "How charming.", "regard", "elegant", "Tea is at four."),
-    Persona("Old Tom", "fisherman", "Calm waters, friend.", "hook", "salty", "Pull up the nets."),
-    Persona("Brother Alden", "monk", "Peace to you.", "contemplate", "humble", "Be still."),
-    Persona("Rico", "dancer", "Feel the rhythm!", "imagine", "lively", "Dance with me!"),
-    Persona("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
-]
+PERSONAS = [Persona(*words) for words in (
+    ("Captain Vane", "pirate", "Ahoy, matey!", "spy", "mighty", "Fair winds!"),
+    ("Sir Rowan", "knight", "Hark!", "behold", "noble", "By my sword!"),
+    ("Doctor Quill", "scientist", "Fascinating.", "observe", "typical", "More tests are needed."),
+    ("Chef Basil", "cook", "Mamma mia!", "savour", "tasty", "Dinner is served!"),
+    ("Zed", "robot", "Beep boop.", "detect", "standard", "End of report."),
+    ("Coach Dunn", "trainer", "Listen up, team!", "spot", "winning", "Keep running!"),
+    ("Granny Mabel", "grandmother", "Oh dear.", "notice", "lovely", "Have some cake."),
+    ("Wanda", "witch", "Hee hee!", "conjure", "spooky", "Stir the cauldron!"),
+    ("Inspector Grey", "detective", "Aha!", "discover", "suspicious", "Case closed."),
+    ("Orla", "poet", "Sweet muse,", "admire", "gentle", "So sings my heart."),
+    ("Dusty Rex", "cowboy", "Howdy, partner!", "reckon", "dandy", "Ride on!"),
+    ("Major Nova", "pilot", "Houston, hello.", "track", "cosmic", "Over and out."),
+    ("Nurse Ivy", "nurse", "There, there.", "examine", "healthy", "Rest well now."),
+    ("Judge Oakes", "judge", "Order, order!", "declare", "lawful", "Court is adjourned."),
+    ("Farmer Gus", "farmer", "Good morning, folks.", "gather", "ripe", "Back to the fields."),
+    ("Lady Pearl", "duchess", "How charming.", "regard", "elegant", "Tea is at four."),
+    ("Old Tom", "fisherman", "Calm waters, friend.", "hook", "salty", "Pull up the nets."),
+    ("Brother Alden", "monk", "Peace to you.", "contemplate", "humble", "Be still."),
+    ("Rico", "dancer", "Feel the rhythm!", "imagine", "lively", "Dance with me!"),
+    ("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
+)]
 WORLD = 1                  # draws who is familiar and who is held out
 
 # How often a slot of an answer holds the persona's own word. What is said of the picture is always

@@ -1198,11 +1198,12 @@ def picture(image, where: str) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def dialogue_html(task: Task, row: dict, prediction: dict, told: dict[str, dict]) -> str:
-    """A prompt with its pictures and reference beside every run's answer and its scores."""
+def dialogue_html(task: Task, row: dict, told: dict[str, dict]) -> str:
+    """A prompt with its pictures and reference beside every run's answer and its scores; told:
+    run -> its prediction."""
     def text(label, words):
         return f"<p><small>{html.escape(label)}</small><br><bdi>{html.escape(words)}</bdi></p>"
-    asked = [text(m["role"], m["content"]) for m in prediction["prompt"]]
+    asked = [text(m["role"], m["content"]) for m in row["messages"][:-1]]
     answers = []
     for name, p in told.items():
         reward = task.reward(p["replies"][0])
@@ -1211,7 +1212,7 @@ def dialogue_html(task: Task, row: dict, prediction: dict, told: dict[str, dict]
     scores = {name: {d: pair[0] for d, pair in p["scores"][0].items()}
               for name, p in told.items() if p["scores"][0]}
     return ("<div class=row>" + "".join(picture(image, row["id"]) for image in row["images"])
-            + f"<div>{''.join(asked)}{text('reference', prediction['reference'])}</div>"
+            + f"<div>{''.join(asked)}{text('reference', row['reference'])}</div>"
             f"<div>{''.join(answers)}<details><summary>scores</summary>"
             f"{html_table('', scores)}</details></div></div>")
 
@@ -1272,10 +1273,10 @@ def page(task: Task, title: str, entries: dict[str, dict], tables: dict | None =
     parts.append("<h2>Answers</h2>")
     greedy = {name: {p["id"]: p for p in entry["predictions"] if p["mode"] == "greedy"}
               for name, entry in entries.items()}
-    some = list(greedy[first].items())
-    for row_id, prediction in random.Random(0).sample(some, min(12, len(some))):
-        parts.append(dialogue_html(task, rows[row_id], prediction, {
-            name: told[row_id] for name, told in greedy.items() if row_id in told}))
+    asked = list(greedy[first])
+    for row_id in random.Random(0).sample(asked, min(12, len(asked))):
+        told = {name: answered[row_id] for name, answered in greedy.items()}
+        parts.append(dialogue_html(task, rows[row_id], told))
     codes = [atlas_html(name, entry, rows) for name, entry in entries.items()
              if any(p.get("codes") for p in entry["predictions"])]
     return "".join([*parts, "<h2>Codes</h2>" * bool(codes), *codes])

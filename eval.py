@@ -54,7 +54,6 @@ from model import (LOGITS_AT_ONCE, STRUCTURAL, Agent, UserError, agreed, all_sum
                    rollout, say, table_cells, text_positions, within, world_size, write_text)
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -1005,7 +1004,7 @@ warnings.filterwarnings("ignore", "Mean of empty slice")    # NaN, where all jud
 def diversity(embeddings: Tensor) -> float:
     """1 / mean pairwise cosine of a prompt's G answers, (G, d) (paper, rollout diversity)."""
     G = len(embeddings)
-    unit = F.normalize(embeddings.double(), dim=-1)
+    unit = nn.functional.normalize(embeddings.double(), dim=-1)
     return (G * (G - 1) / ((unit @ unit.T).sum() - G)).item()
 
 

@@ -1681,9 +1681,8 @@ def reported(folders: list[Path]) -> dict[str, dict[str, dict]]:
     tables = {}
     for name, group in by_seed(folders).items():
         reports = [read_json(folder / "report.json") for folder in group.values()]
+        reports[0].pop("share of codes", None)          # the page's
         for title, table in reports[0].items():
-            if title == "share of codes":
-                continue
             try:
                 tables[f"{name}, {title}, {len(reports)} seeds"] = {
                     row: {figure: spread([report[title][row][figure] for report in reports])

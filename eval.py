@@ -43,7 +43,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -871,8 +870,7 @@ class Endpoint:
         if not args.judge_url or not args.judge_model:
             raise UserError("--judge-url and --judge-model go together: the server's address and "
                             "the name it serves the model under")
-        place = urlsplit(args.judge_url)
-        if place.scheme not in ("http", "https") or place.password or place.query:
+        if not re.fullmatch(r"https?://[^/?@]+(/[^?]*)?", args.judge_url):
             raise UserError("--judge-url takes a plain http(s) address; a key belongs in the "
                             "environment variable JUDGE_API_KEY")
         if constants.HF_HUB_OFFLINE:

@@ -1339,28 +1339,27 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
         for mode, (temperature, n) in modes.items():
             answers = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
                                tokens_at_once)
-            flat = [answer["text"] for group in answers for answer in group]
-            replies = judged(task, [row for row in rows for _ in range(n)], flat)
-            e = agreed(backbone_embeddings(base, tokens_at_once, flat)
+            texts = [[answer["text"] for answer in group] for group in answers]
+            replies = judged(task, rows, texts)
+            e = agreed(backbone_embeddings(base, tokens_at_once, list(itertools.chain(*texts)))
                        if base and n > 1 and rank() == 0 else None)
-            for i, (row, group) in enumerate(zip(rows, answers)):
-                of_row = slice(i * n, (i + 1) * n)
-                predictions.append({
-                    "id": row["id"], "split": split, "mode": mode,
-                    "prompt": row["messages"][:-1], "answers": flat[of_row],
-                    "reference": row["reference"], "replies": replies[of_row],
-                    "scores": [task.scores(reply) for reply in replies[of_row]]}
-                    | ({} if e is None else {"diversity": diversity(e[of_row])}))
-                if agent.space == "latent":
-                    predictions[-1] |= {"tokens": [decode([x]) for x in group[0]["tokens"]],
-                                        "codes": group[0]["actions"]}
-            table[f"{split} {mode}"] = {"min_p": agent.min_p,
-                                        **summarise(task, predictions[-len(rows):])}
+            part = [{"id": row["id"], "split": split, "mode": mode, "prompt": row["messages"][:-1],
+                     "answers": said, "reference": row["reference"], "replies": replied,
+                     "scores": [task.scores(reply) for reply in replied]}
+                    for row, said, replied in zip(rows, texts, replies)]
+            if e is not None:
+                for prediction, states in zip(part, e.split(n)):
+                    prediction["diversity"] = diversity(states)
+            table[f"{split} {mode}"] = {"min_p": agent.min_p, **summarise(task, part)}
             if agent.space == "latent":
+                for prediction, (first, *_) in zip(part, answers):
+                    prediction.update(tokens=[decode([x]) for x in first["tokens"]],
+                                      codes=first["actions"])
                 taken = [a for group in answers for answer in group for a in answer["actions"]]
-                found = atlas(predictions[-len(rows):], {row["id"]: row for row in rows})
+                found = atlas(part, {row["id"]: row for row in rows})
                 table[f"{split} {mode}"] |= {"word": found["word"], **code_usage(torch.bincount(
                     torch.tensor(taken), minlength=agent.structure["codes"]))}
+            predictions += part
     return table, predictions
 
 
@@ -1388,14 +1387,14 @@ def reach(agent: Agent, rows: list[dict], tokens_at_once: int) -> dict[str, floa
     return {name: totals[name] / max(1, totals["tokens"]) for name in ("unreached", "passed_over")}
 
 
-def judged(task: Task, rows: list[dict], answers: list[str]) -> list[str | None]:
-    """The judge's replies, on all ranks: each calls it for its own share, whole prompts, so that
-    equal answers to one are paid for once."""
-    order = {row_id: n for n, row_id in enumerate(dict.fromkeys(row["id"] for row in rows))}
-    mine = [i for i, row in enumerate(rows) if order[row["id"]] % world_size() == rank()]
-    own = task.judge([rows[i] for i in mine], [answers[i] for i in mine])
-    replies = gather(dict(zip(mine, own)))
-    return [replies[i] for i in range(len(rows))]
+def judged(task: Task, rows: list[dict], answers: list[list[str]]) -> list[list[str | None]]:
+    """The judge's replies to every row's answers, on all ranks: each calls it for its own share,
+    whole prompts, so that equal answers to one are paid for once."""
+    mine = range(rank(), len(rows), world_size())
+    own = iter(task.judge([rows[r] for r in mine for _ in answers[r]],
+                          [answer for r in mine for answer in answers[r]]))
+    replies = gather({r: [next(own) for _ in answers[r]] for r in mine})
+    return [replies[r] for r in range(len(rows))]
 
 
 def chosen_splits(task: Task, names, n: int | None) -> dict[str, list[dict]]:

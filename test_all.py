@@ -763,10 +763,11 @@ def one_of_two_ranks(rank, folder):
     def judge(rows, answers):
         asked.extend(answers)
         return [f"{row['id']} {answer}" for row, answer in zip(rows, answers)]
-    task, rows = SimpleNamespace(judge=judge), [{"id": name} for name in "aabbcd"]
-    assert tasks.judged(task, rows[:5], list("vwxyz")) == ["a v", "a w", "b x", "b y", "c z"]
+    task, rows = SimpleNamespace(judge=judge), [{"id": name} for name in "abcd"]
+    assert tasks.judged(task, rows[:3], [["v", "w"], ["x", "y"], ["z"]]) == [
+        ["a v", "a w"], ["b x", "b y"], ["c z"]]
     assert asked == [["v", "w", "z"], ["x", "y"]][rank]     # whole prompts
-    assert tasks.judged(task, rows[5:], ["u"]) == ["d u"] and len(asked) == [4, 2][rank]
+    assert tasks.judged(task, rows[3:], [["u"]]) == [["d u"]] and len(asked) == [4, 2][rank]
     torch.distributed.destroy_process_group()
 
 

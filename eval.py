@@ -1203,9 +1203,8 @@ def dialogue_html(task: Task, row: dict, told: dict[str, dict]) -> str:
     asked = [text(m["role"], m["content"]) for m in row["messages"][:-1]]
     answers = []
     for name, p in told.items():
-        reward = task.reward(p["replies"][0])
-        answers.append(text(f"{name}: " + ("not judged" if math.isnan(reward) else f"{reward:.2f}"),
-                            p["answers"][0]))
+        reward = f"{task.reward(p['replies'][0]):.2f}" if p["scores"][0] else "not judged"
+        answers.append(text(f"{name}: {reward}", p["answers"][0]))
     scores = {name: {d: pair[0] for d, pair in p["scores"][0].items()}
               for name, p in told.items() if p["scores"][0]}
     return ("<div class=row>" + "".join(picture(image, row["id"]) for image in row["images"])

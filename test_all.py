@@ -2050,6 +2050,11 @@ def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
             runs[folder]["id"]["codes_used"] = 3
     rows = tasks.gains_over_first(runs, "codes_used")
     assert set(rows) == {"tiny/sft-mini-latent - tiny/rl-mini-dapo-latent"}
+    for space, reward in (("latent", 0.6), ("token", 0.8)):     # a second seed in one run root
+        runs |= run(f"0/tiny/rl-mini-dapo-{space}-s7", 7, reward)
+    (row_,) = tasks.gains_over_first({folder: table for folder, table in runs.items()
+                                      if folder.name.startswith("rl-")}, "reward").values()
+    assert row_["pairs"] == 4 and row_["id"].startswith("-0.025")   # -.2 .1 -.2 .2; each seed's own
 
 
 def test_rewards_by_group_are_means_over_its_prompts():

@@ -491,7 +491,7 @@ def parse_answer(text: str) -> tuple[Answer, float]:
     middle = said[len(tokens(opening)):len(said) - len(tokens(closing))]
     clause = next((middle[i:] for i, word in enumerate(middle[:-1])
                    if word == "I" and middle[i + 1] in OWNERS["verb"]), ("", ""))
-    _, verb, *claim = *clause, "", ""      # what is not said is empty
+    verb, claim = clause[1], clause[2:] + ("", "")         # what is not said is empty
     pairs = [f"{a} {b}" for a, b in zip(claim, claim[1:])]
     answer = Answer(
         opening=opening, verb=verb, closing=closing,

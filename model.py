@@ -341,12 +341,12 @@ class Agent(nn.Module):
         """The token-level baseline: its policy is a copy of the backbone's last layers, norm and
         output head, fp32, untied."""
         n, text = self.structure["policy_layers"], self.backbone.model.language_model
-        self.space, self.policy = "token", CausalStack(text.config, 0, 1)
-        self.policy.layers, self.policy.norm, self.policy.rotary, self.policy.head = copy.deepcopy(
+        policy = CausalStack(text.config, 0, 1)
+        policy.layers, policy.norm, policy.rotary, policy.head = copy.deepcopy(
             (text.layers[-n:], text.norm, text.rotary_emb, self.backbone.lm_head))
-        for index, layer in enumerate(self.policy.layers):
-            layer.self_attn.layer_idx = index
-        self.policy.float().requires_grad_(True)
+        for index, layer in enumerate(policy.layers):
+            layer.self_attn.layer_idx = index       # its place in a cache
+        self.space, self.policy = "token", policy.float().requires_grad_(True)
         return self
 
     def load_run(self, folder: Path, skip: tuple[str, ...] = ()) -> Agent:
@@ -1596,6 +1596,7 @@ def read_config(folder) -> dict:
 
 
 def fsync(path: Path):
+    """Wait until a file's content is on disk."""
     with open(path, "rb") as f:
         os.fsync(f.fileno())
 
@@ -1667,7 +1668,8 @@ class Run:
         was started with other arguments, data, base or parent, or if another process has it.
         `identity` is what runs that start from this one must share."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
-        self.skipped = self.skipped_all = self.taken = 0    # steps: in a row, all; taken
+        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
+        self.taken = 0                              # optimiser steps
         self.tables = {}                            # of report.json
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):

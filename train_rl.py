@@ -376,7 +376,7 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
     if args.aggregate == "local":
         n["tokens"] = own_tokens * world_size()         # of a rank without a token it is not read
     worst, old = 0.0, {}
-    for _ in range(args.inner_epochs):
+    for epoch in range(args.inner_epochs):
         for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone
             with agent.autocast():
@@ -400,7 +400,8 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
             figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
                        "clipped": clipped, "distance": distance}
             totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
-        check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
+        if epoch == 0:
+            check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
         norm = optimizer_step(run, [optimizer], [lr], [group["id"] for group in groups.values()])
     totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
     mean = {name: total / totals["tokens"] for name, total in totals.items()}

@@ -41,22 +41,18 @@ import contextlib
 import copy
 import datetime
 import fcntl
-import gzip
 import hashlib
 import json
 import math
 import os
 import random
-import re
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -227,6 +223,14 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     return in_chunks(piece, chunk // head.out_features, x, targets)[0]
 
 
+def code_usage(counts: Tensor) -> dict[str, float]:
+    """Codes in use and perplexity of their marginal, from counts (|C|,). Perplexity exp(H) is
+    |C| when all are used alike and 1 when the codebook has collapsed."""
+    p = counts.double() / counts.sum().clamp(min=1e-12)
+    return {"codes_used": int((counts > 0).sum()),
+            "code_perplexity": torch.special.entr(p).sum().exp().item()}
+
+
 def key_seed(*keys) -> int:
     """A seed that depends on the keys alone: the same for any split over ranks and batches."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
@@ -293,7 +297,7 @@ class Agent(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder, self.structure = encoder, dict(structure)
-        self.space, self.min_p, self.recompute = "latent", 0.0, False
+        self.space, self.recompute = "latent", False
         self.projector = self.idm = self.codebook = self.world = self.policy = None
         text = backbone.model.language_model
         self.text_config, self.width = text.config, text.config.hidden_size
@@ -394,7 +398,6 @@ class Agent(nn.Module):
         args.run_root = Path(folder).resolve().parent.parent
         agent = cls.from_base(args).load_run(folder, skip=("idm",)).eval()
         agent.train_only()
-        agent.min_p = getattr(args, "min_p", 0.0)
         return agent
 
     @property
@@ -446,13 +449,24 @@ class Agent(nn.Module):
         """e^{V,T} of rows with an image and e^T of rows without, at their text tokens: (B, M, d).
         Right-padded causal pass, latent space (for token space see `trunk`).
         """
-        e = self.trunk(self.embed(batch), batch.positions, cache)
-        return e.gather(1, batch.text_index[..., None].expand(-1, -1, e.shape[-1]))
+        return self.at_text(self.trunk(self.embed(batch), batch.positions, cache), batch)
+
+    @staticmethod
+    def at_text(x: Tensor, batch: Batch) -> Tensor:
+        """x (B, T, d) at the rows' text tokens alone: (B, M, d)."""
+        return x.gather(1, batch.text_index[..., None].expand(-1, -1, x.shape[-1]))
+
+    def text_states(self, tokens: Tensor) -> Tensor:
+        """The whole backbone on text alone at plain positions, in any space: token ids (B, M) ->
+        (B, M, d)."""
+        text = self.backbone.model.language_model
+        x = run_layers(text.layers, text.embed_tokens(tokens), text.rotary_emb,
+                       text_positions(tokens))
+        return text.norm(x)
 
     def text_embeddings(self, batch: Batch) -> Tensor:
-        """e^T of every row: its text tokens alone, at plain text positions. (B, M, d)."""
-        x = self.backbone.model.language_model.embed_tokens(batch.tokens)
-        return self.trunk(x, text_positions(batch.tokens))
+        """e^T of every row: its text tokens alone. (B, M, d)."""
+        return self.text_states(batch.tokens)
 
     def project(self, e: Tensor, has_image: Tensor) -> Tensor:
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
@@ -477,15 +491,9 @@ class Agent(nn.Module):
         """f_world(s, a) -> logits over the vocabulary, vision tokens masked.
 
         states (N, d), actions (N,) -> (N, vocab): whole rows of logits, for decoding. Losses over
-        many positions take `token_logprobs`, in chunks. With `min_p`, outside the paper, a code
-        cannot choose a token whose probability under the backbone alone is below that share of
-        its best token's."""
+        many positions take `token_logprobs`, in chunks."""
         x = self.world(states, self.codebook(actions)).to(states.dtype)
-        logits = self.backbone.lm_head(x).float() + self.token_bias
-        if self.min_p:
-            backbone = self.backbone.lm_head(states).float() + self.token_bias
-            logits = logits + min_p_bias(backbone, self.min_p)
-        return logits
+        return self.backbone.lm_head(x).float() + self.token_bias
 
     def world_logprobs(self, s: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         """log f_world(x_{t+1} | s_t, c_t): states, code vectors (K, d), targets (K,) -> (K,)."""
@@ -561,12 +569,6 @@ class KVCache:
             self.buffers[layer] = buffer[:, rows]
 
 
-def min_p_bias(logits: Tensor, min_p: float) -> Tensor:
-    """0 for entries at least `min_p` times as likely as the best, else -inf: (N, n) -> (N, n)."""
-    floor = logits.max(-1, keepdim=True).values + math.log(min_p)
-    return torch.zeros_like(logits).masked_fill(logits < floor, float("-inf"))
-
-
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample one action a row by inverse CDF, or the best at temperature 0.
 
@@ -634,8 +636,6 @@ def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor
         logits = actor.policy.head(h).float()
         if actor.space == "token":
             logits = logits + actor.token_bias
-            if actor.min_p:                         # evaluation only: train_rl.py refuses it
-                logits = logits + min_p_bias(logits, actor.min_p)
         alive = rows["index"]                       # of the outputs: answers still running
         a, logp = choose(logits, uniform[alive, t], temperature)
         x = a if actor.space == "token" else actor.next_token_logits(s, a).argmax(-1)
@@ -819,7 +819,7 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
 
 
 def read_rows(file, image_root: str | None = None, position=(0, 0), place: int = 0):
-    """Yield (row, next position) of a JSON or JSONL file, `.gz` too.
+    """Yield (row, next position) of a JSON or JSONL file.
 
     JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
     (byte offset or array index, line number). A row without an id is named by the file's `place`
@@ -831,7 +831,7 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
     def row(raw):
         return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}:{line}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        with open(path, "rb") as f:
             if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                 for line, raw in enumerate(json.load(f)[line:], line + 1):
                     where = f"{path}: row {line}"
@@ -843,23 +843,19 @@ def read_rows(file, image_root: str | None = None, position=(0, 0), place: int =
                 where = f"{path}:{line}"
                 if raw.strip():
                     yield row(json.loads(raw)), (offset, line)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
                         "path, fix or remove the row") from None
 
 
 def count_rows(file: str) -> float:
     """Rows of a file: counted if it is an array or short, else by its size and its first MiB."""
-    with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-        try:
-            head = f.read(2 ** 20)
-        except (EOFError, zlib.error) as error:
-            raise UserError(f"{file}: cannot be read ({error}); it is damaged") from None
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return sum(1 for _ in read_rows(file))
-        done = f.fileobj.tell() if file.endswith(".gz") else len(head)
+    with open(file, "rb") as f:
+        head = f.read(2 ** 20)
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return sum(1 for _ in read_rows(file))
     lines = sum(1 for line in head.splitlines() if line.strip())
-    return lines * os.path.getsize(file) / max(1, done)
+    return lines * os.path.getsize(file) / max(1, len(head))
 
 
 def open_image(image, where: str, size: tuple[int, int] | None = None):
@@ -949,9 +945,8 @@ class Batch:
 class Encoder:
     """Tokenizer and image processor: conversation -> Example -> Batch."""
 
-    def __init__(self, tokenizer, processor, model, image_tokens: str | None = None):
-        """image_tokens: most tokens an image may have, "280x420" for that size (height, width)
-        whatever the picture's, or None for the processor's own limits."""
+    def __init__(self, tokenizer, processor, model, image_tokens: int | None = None):
+        """image_tokens: most tokens an image may have, or None for the processor's own limits."""
         self.tokenizer, self.processor, config = tokenizer, processor, model.config
         self.rope_index = model.model.get_rope_index
         self.merge = config.vision_config.spatial_merge_size
@@ -966,18 +961,15 @@ class Encoder:
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         self.min_pixels = processor.size["shortest_edge"]
         self.max_pixels = processor.size["longest_edge"]
-        self.fixed_size, cell = None, (processor.patch_size * self.merge) ** 2
-        if image_tokens and "x" in image_tokens:
-            self.fixed_size = tuple(map(int, image_tokens.split("x")))
-            self.max_pixels = max(self.max_pixels, math.prod(self.fixed_size))
-        elif image_tokens:
-            self.max_pixels = min(self.max_pixels, int(image_tokens) * cell)
+        if image_tokens:
+            cell = (processor.patch_size * self.merge) ** 2
+            self.max_pixels = min(self.max_pixels, image_tokens * cell)
             self.min_pixels = min(self.min_pixels, self.max_pixels)
 
     def grid(self, image, where: str) -> tuple[int, int, int]:
         """Patches (time, height, width) of an image, from its header alone."""
         patch = self.processor.patch_size
-        height, width = self.fixed_size or open_image(image, where)
+        height, width = open_image(image, where)
         try:
             height, width = smart_resize(height, width, patch * self.merge, self.min_pixels,
                                          self.max_pixels)
@@ -1057,15 +1049,8 @@ class Source:
 
     def __init__(self, source, place: int, image_root: str | None):
         self.source, self.place, self.image_root = source, place, image_root
-        self.start, self.weight = (0, 0), None
-        if isinstance(source, str):
-            name, _, weight = source.rpartition("=")    # FILE=WEIGHT
-            if name and not os.path.exists(source):
-                try:
-                    self.source, self.weight = name, positive(weight)
-                except (ValueError, argparse.ArgumentTypeError):
-                    raise UserError(f"{source}: neither a file nor FILE=WEIGHT") from None
-        self.rows = count_rows(self.source) if isinstance(source, str) else len(source)
+        self.start = (0, 0)
+        self.rows = count_rows(source) if isinstance(source, str) else len(source)
         self.open(self.start)
 
     def open(self, position):
@@ -1089,7 +1074,7 @@ prefetch = ThreadPoolExecutor(1, "prefetch")            # one thread for all str
 class Stream:
     """Endless shuffled batches of one kind of rows, resumable at the exact row.
 
-    Several files are interleaved by their numbers of rows, or by the weights of FILE=WEIGHT. Rows
+    Several files are interleaved by their numbers of rows. Rows
     are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
     `batch_tokens` tokens with similar lengths together, and the batches shuffled. The cursor (the
     block, where each file stood at its start, the batch in it) rebuilds everything. The global
@@ -1113,9 +1098,7 @@ class Stream:
             part.start, part.rows = part.position, part.rows - len(held)
         self.rows = max(1, sum(part.rows for part in self.sources))
         self.block = math.ceil(self.rows / math.ceil(self.rows / block))
-        weights = [part.weight or part.rows for part in self.sources]
-        if 0 < sum(part.weight is None for part in self.sources) < len(files):
-            raise UserError(f"{files}: give all files a weight (FILE=WEIGHT) or none")
+        weights = [part.rows for part in self.sources]
         self.shares = [weight / (sum(weights) or 1) for weight in weights]
         self.load_state_dict({"block": 0, "batch": 0, "credit": self.shares,
                               "positions": [part.position for part in self.sources]})
@@ -1206,6 +1189,9 @@ class Stream:
         return examples
 
 
+# ---- Optimisation ----------------------------------------------------------------------------
+
+
 def micro_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
     """Rows in batches by padded size, the longest together; the split changes no gradient."""
     rows = sorted(examples, key=len, reverse=True)
@@ -1216,69 +1202,105 @@ def micro_batches(agent: Agent, examples: list[Example], tokens_at_once: int):
 def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
                  tokens_at_once: int) -> tuple[list[Batch], list[str]]:
     """This rank's micro-batches of the next global batch of each kind, and their rows' ids."""
-    rows = [streams[kind].next() for kind in kinds if kind in streams]
-    batches = [batch for part in rows for batch in micro_batches(agent, part, tokens_at_once)]
-    return batches, [e.id for part in rows for e in part]
+    batches, row_ids = [], []
+    for kind in kinds:
+        if kind in streams:
+            examples = streams[kind].next()
+            row_ids += [example.id for example in examples]
+            batches += micro_batches(agent, examples, tokens_at_once)
+    return batches, row_ids
 
 
 def token_counts(masks: dict[str, list[Tensor]]) -> dict[str, float]:
     """How many positions these bool masks mark by name, over all micro-batches and ranks, at least
     1: the denominators of losses."""
-    counts = all_sum({name: sum(int(mask.sum()) for mask in some) for name, some in masks.items()})
-    return {name: max(1.0, n) for name, n in counts.items()}
+    marked = {}
+    for name, parts in masks.items():
+        marked[name] = sum(int(mask.sum()) for mask in parts)
+    return {name: max(1.0, n) for name, n in all_sum(marked).items()}
 
 
-def corpora(args, encoder: Encoder, embedded) -> tuple[dict[str, Stream], dict[str, list]]:
-    """The streams of paired and text-only rows, and held-out rows for the stages' reports.
+def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Learning-rate factor at `step`: linear warm-up over a share of the steps, cosine decay."""
+    rise = max(1, int(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    share = (step - rise) / max(1, steps - rise)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
-    Without --paired, rows of the mini world: `embedded(kind, seed)`. Held-out sets: "id" (paired
-    rows), "text", and of the mini world "ood" (the personas without paired data).
+
+def reduce_gradients(params: list[nn.Parameter]):
+    """Sum gradients over ranks, a tensor at a time. Every loss is already divided by its global
+    denominator, so any split over ranks and micro-batches gives the same sum; a rank without rows
+    adds zeros."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if dist.is_initialized():
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
+
+
+def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
+                   row_ids: list[str]) -> float:
+    """Reduce gradients, clip each optimiser's to norm 1, step; returns the largest norm.
+
+    A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
     """
-    if args.model != "tiny" and not args.paired:
-        raise UserError("--paired FILE... is required for --model other than tiny")
-    if args.paired and not args.text and "text" not in args.without:
-        raise UserError("--paired and no --text: name text-only rows too, or say --without text")
-    streams = {}
-    for kind in ("paired",) if "text" in args.without else ("paired", "text"):
-        seed = key_seed(args.seed, kind)
-        streams[kind] = Stream(getattr(args, kind) or embedded(kind, seed), encoder,
-                               args.batch_tokens, seed, args.image_root, hold_out=96,
-                               pictures=kind == "paired")
-    held = {"id": streams["paired"].held_out}
-    if not args.paired:
-        # Answers alone: nobody chooses the words of a prompt, where the unseen names stand.
-        held["ood"] = [encoder.encode(row, responses_only=True)
-                       for row in embedded("ood", key_seed(args.seed, "held"))]
-    if "text" in streams:
-        held["text"] = streams["text"].held_out
-    return streams, {name: rows for name, rows in held.items() if rows}
+    norms = []
+    for optimizer, lr in zip(optimizers, lrs, strict=True):
+        params = []
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            params += group["params"]
+        reduce_gradients(params)
+        norms.append(nn.utils.clip_grad_norm_(params, 1.0))
+    norm = torch.stack(norms).max().item()
+    if math.isfinite(norm):
+        run.skipped_in_a_row = 0
+        for optimizer in optimizers:
+            optimizer.step()
+    else:
+        run.skipped += 1
+        run.skipped_in_a_row += 1
+        say(f"warning: non-finite gradient, step skipped ({run.skipped_in_a_row} in a row)")
+    if run.skipped_in_a_row == 10:
+        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
+                        f"{row_ids[:8]}; lower --lr or look at these rows")
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return norm
 
 
-# ---- Runtime: ranks, flags, predecessors, run folders ----------------------------------------
+# ---- Ranks -----------------------------------------------------------------------------------
 
 
 def launch(main):
     """Run `main` on the command line. A mistake outside the code, a file that cannot be read or
     written included, ends with one line and status 2; what was computed is in the checkpoints."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # a terminal may lack a character
     status = 0
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:                         # `| head` has seen enough
+        status = 141
     except (UserError, OSError) as error:
-        remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
-        said = " ".join(f"{error}{remedy}".split())
-        said = said if len(said) < 1200 else f"{said[:800]} ... {said[-300:]}"
-        tqdm.write(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
         status = getattr(error, "status", 2)
+        remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
+        line = " ".join(f"{error}{remedy}".split())
+        if len(line) > 1200:
+            line = f"{line[:800]} ... {line[-300:]}"
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     except KeyboardInterrupt:
+        status = 130
         tqdm.write("interrupted: the same command goes on from the last checkpoint, if one was "
                    "made", file=sys.stderr)
-        status = 130
+    if status:
+        os._exit(status)        # at once: no wait for calls of the judge or for other ranks
     if dist.is_initialized():
-        if status:
-            os._exit(status)    # at once: another rank may wait for this one's prefetching thread
         prefetch.submit(lambda: None).result()          # its last collective is done on all ranks
         dist.destroy_process_group()
-    sys.exit(status)
 
 
 def device_of(args) -> str:
@@ -1297,17 +1319,20 @@ def init_distributed(args):
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and not dist.is_initialized():
-        # Small counts and the judge's results travel on CPU; a slow judge must not look hung. A
-        # store of its own per attempt: after torchrun's --max-restarts the last one's addresses
-        # of dead workers are still in the agent's.
-        hours = datetime.timedelta(hours=6)
-        store, own_rank, size = next(dist.rendezvous("env://", timeout=hours))
-        store = dist.PrefixStore(f"kit {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
-                                rank=own_rank, world_size=size, timeout=hours)
-        PREFETCH_GROUP[0] = dist.new_group(backend="gloo", timeout=hours)
-        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("RANK is set and MASTER_ADDR is not: start with torchrun, or unset RANK")
+    # Small counts and the judge's results travel on CPU; a slow judge must not look hung. A store
+    # of its own per attempt: after torchrun's --max-restarts the last one's addresses of dead
+    # workers are still in the agent's.
+    hours = datetime.timedelta(hours=6)
+    store, own_rank, size = next(dist.rendezvous("env://", timeout=hours))
+    store = dist.PrefixStore(f"kit {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own_rank,
+                            world_size=size, timeout=hours)
+    PREFETCH_GROUP[0] = dist.new_group(backend="gloo", timeout=hours)
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with_parent(parent: int):
@@ -1338,74 +1363,31 @@ def say(*words, sep: str = " "):
 
 def gather(part: dict, group=None) -> dict:
     """The union of every rank's dict, on all ranks."""
-    parts = [part] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(parts, part, group)
-    return {k: v for p in parts for k, v in p.items()}
+    if not dist.is_initialized():
+        return part
+    parts, union = [None] * world_size(), {}
+    dist.all_gather_object(parts, part, group)
+    for one in parts:
+        union |= one
+    return union
 
 
 def all_sum(figures: dict) -> dict:
     """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
     floats for what is scalar, tensors on the CPU for the rest."""
-    own = {name: torch.as_tensor(value, dtype=torch.double).detach().cpu()
-           for name, value in figures.items()}
-    parts = gather({rank(): own}).values()
-    sums = {name: sum(part[name] for part in parts) for name in own}
-    return {name: total if total.dim() else total.item() for name, total in sums.items()}
+    mine = {}
+    for name, value in figures.items():
+        mine[name] = torch.as_tensor(value, dtype=torch.double).detach().cpu()
+    parts, sums = gather({rank(): mine}).values(), {}
+    for name in mine:
+        total = sum(part[name] for part in parts)
+        sums[name] = total if total.dim() else total.item()
+    return sums
 
 
 def agreed(value):
     """Rank 0's value on all ranks, of what another process may change between two looks."""
     return gather({rank(): value})[0]
-
-
-def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.0) -> float:
-    """Learning-rate factor at `step`: linear warm-up over a share of the steps, cosine decay."""
-    rise = max(1, int(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    share = (step - rise) / max(1, steps - rise)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def reduce_gradients(params: list[nn.Parameter]):
-    """Sum gradients over ranks, a tensor at a time. Every loss is already divided by its global
-    denominator, so any split over ranks and micro-batches gives the same sum; a rank without rows
-    adds zeros."""
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if dist.is_initialized():
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
-            work.wait()
-
-
-def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[float],
-                   row_ids: list[str]) -> float:
-    """Reduce gradients, clip each optimiser's to norm 1, step; returns the largest norm.
-
-    A non-finite norm skips the step on all ranks; ten in a row raise `UserError` naming rows.
-    """
-    norms = []
-    for optimizer, lr in zip(optimizers, lrs, strict=True):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        reduce_gradients(params)
-        norms.append(nn.utils.clip_grad_norm_(params, 1.0))
-    norm = torch.stack(norms).max().item()
-    if math.isfinite(norm):
-        for optimizer in optimizers:
-            optimizer.step()
-        run.taken, run.skipped = run.taken + 1, 0
-    else:
-        run.skipped, run.skipped_all = run.skipped + 1, run.skipped_all + 1
-        say(f"warning: non-finite gradient, step skipped ({run.skipped} in a row)")
-    if run.skipped == 10:
-        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
-                        f"{row_ids[:8]}; lower --lr or look at these rows")
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    return norm
 
 
 def peak_memory() -> int:
@@ -1416,38 +1398,42 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Flags. What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
+# ---- Flags -----------------------------------------------------------------------------------
 
-STRUCTURE = {"tiny": {"codes": 3, "idm_layers": 2, "policy_layers": 2, "image_tokens": "4"},
-             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": "256"}}
-STRUCTURAL = (*STRUCTURE["tiny"], "without")        # a model's own flags: size and ablations
-
-
-def within(kind, low: float, high: float = math.inf):
-    """An argparse type: a number of that kind from low to high, so never NaN."""
-    def number(text: str):
-        if not low <= (value := kind(text)) <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high}]")
-        return value
-    number.__name__ = kind.__name__                 # argparse: "invalid int value"
-    return number
+# What a flag leaves open (None) is filled from these and from the script's DEFAULTS.
+STRUCTURE = {"tiny": {"codes": 3, "idm_layers": 2, "policy_layers": 2, "image_tokens": 4},
+             "full": {"codes": 128, "idm_layers": 4, "policy_layers": 8, "image_tokens": 256}}
+STRUCTURAL = (*STRUCTURE["tiny"], "without")        # a model's size and ablations
+# Where things lie, how they run, what is evaluated: these change no weight, so a run goes on
+# whatever they are. Data are compared by their files' names and sizes, the model by its weights.
+SURROUNDINGS = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "device",
+                "tokens_at_once", "recompute", "eval_prompts")
+NOT_COMPARED = (*SURROUNDINGS, "name", "parent", "fresh", "splits", "judge_url")
+# What a stage hands to the one before it, as far as that one takes it: never --lr or --steps.
+HANDED_DOWN = (*SURROUNDINGS, "seed", "dtype", *STRUCTURAL)
 
 
-count, positive = within(int, 1), within(float, 1e-12)
+def count(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
-def image_budget(text: str) -> str:
-    """An argparse type: a number of tokens, or HEIGHTxWIDTH in pixels."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number nor HEIGHTxWIDTH")
-    return text
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
 
 
 def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     """A parser with the flags that all training scripts share; --help ends with `defaults`, the
     script's table of kind -> "tiny" or "full" -> flag -> value."""
-    table = {f"{kind} {scale}": {**STRUCTURE[scale], **values}
-             for kind, scales in defaults.items() for scale, values in scales.items()}
+    table = {}
+    for kind, scales in defaults.items():
+        for scale, values in scales.items():
+            table[f"{kind} {scale}"] = {**STRUCTURE[scale], **values}
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1461,7 +1447,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--name", default="", help="suffix of this run's folder, for variants")
     add("--parent", help="run folder to start from instead of the usual predecessor")
     add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
-    add("--steps", type=within(int, 0), help="optimiser steps; 0: the start, to be evaluated")
+    add("--steps", type=int, help="optimiser steps; 0: the start, to be evaluated")
     add("--lr", type=positive, help="peak learning rate")
     if "batch_tokens" in next(iter(table.values())):
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
@@ -1476,8 +1462,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--codes", type=count, help="|C|, size of the codebook")
     add("--idm-layers", type=count, help="layers of the inverse dynamics model")
     add("--policy-layers", type=count, help="layers of the policy")
-    add("--image-tokens", type=image_budget, help="most tokens an image may have, its shape kept, "
-        "or HEIGHTxWIDTH in pixels (release's pre-training: 280x420)")
+    add("--image-tokens", type=count, help="most tokens an image may have, its shape kept")
     add("--without", action="extend", nargs="+", choices=("text", "projector", "cycle"), default=[],
         help="text-only rows; the projector (their states are e^T itself); the cycle loss on them")
     return parser
@@ -1487,29 +1472,29 @@ def scale_of(model: str) -> str:
     return "tiny" if model == "tiny" else "full"
 
 
+def set_threads(model: str):
+    """One thread for `tiny`, whose products are so small that threads lose time, unless the user
+    has set OMP_NUM_THREADS."""
+    if model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
     """Fill what is left open from STRUCTURE and `defaults`, one kind of a script's DEFAULTS, and
     join the process group."""
     scale = scale_of(args.model)
     if scale == "full" and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
-    elif args.model.startswith((".", "/")):
-        raise UserError(f"--model {args.model}: no such folder")
     for name, value in {**STRUCTURE[scale], **defaults[scale]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.without = sorted(set(args.without))
+    set_threads(args.model)
     init_distributed(args)
     return args
 
 
-# Where things lie, on what machine, and what is evaluated: these change no weight.
-SURROUNDINGS = ("model", "paired", "text", "image_root", "task", "task_root", "run_root", "device",
-                "tokens_at_once", "recompute", "eval_prompts")
-# What a stage hands to a predecessor, as far as that one takes it: never --lr or --steps.
-PROPAGATED = (*SURROUNDINGS, "seed", "dtype", *STRUCTURAL)
-# A run goes on whatever these are.
-NOT_COMPARED = (*SURROUNDINGS, "name", "parent", "fresh", "splits", "judge_url")
+# ---- Predecessors and run folders ------------------------------------------------------------
 
 
 def model_root(args) -> Path:
@@ -1520,51 +1505,52 @@ def model_root(args) -> Path:
 def folder_of(args, stage: str, name: str = "") -> Path:
     """A stage's folder: its suffixes say what changes its result, so ablations never collide;
     `name` is this run's own suffix, which predecessors do not carry."""
-    usual = STRUCTURE[scale_of(args.model)]
-    tags = [f"{key.split('_')[0]}{getattr(args, key)}" for key in usual
-            if getattr(args, key) != usual[key]]
-    tags += ["without", *args.without] if args.without else []
-    return model_root(args) / "-".join([stage, *tags, *([name] if name else [])])
+    parts = [stage]
+    for key, usual in STRUCTURE[scale_of(args.model)].items():
+        if getattr(args, key) != usual:
+            parts.append(f"{key.split('_')[0]}{getattr(args, key)}")
+    if args.without:
+        parts += ["without", *args.without]
+    if name:
+        parts.append(name)
+    return model_root(args) / "-".join(parts)
 
 
 def differing(had: dict, now: dict) -> str:
     """What differs, as "key: value -> value"; empty if nothing does."""
-    return ", ".join(f"{k}: {had.get(k)} -> {now.get(k)}" for k in sorted({*had, *now})
-                     if had.get(k) != now.get(k))
+    found = []
+    for key in sorted({*had, *now}):
+        if had.get(key) != now.get(key):
+            found.append(f"{key}: {had.get(key)} -> {now.get(key)}")
+    return ", ".join(found)
 
 
-def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
+def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
     """The finished run of `stage` that this one starts from: as it stands, run first (`tiny`), or
-    an error that prints its command. One list of arguments is what is run or printed.
-
-    A finished one must be of this run's `identity` (structure, ablations, data), as far as both
-    have it; its steps, learning rate and seed are its own. --parent may differ in the task.
-    """
-    folder = Path(args.parent) if args.parent else folder_of(args, stage)
+    an error that prints its command. It must have this run's structure, ablations and data;
+    its steps, learning rate and seed are its own, and with --parent its task."""
+    folder = Path(args.parent or folder_of(args, stage))
     if agreed((folder / "model.safetensors").exists()):
-        had = {k: v for k, v in read_config(folder)["identity"].items()
-               if None not in (v, identity.get(k))}
-        now = {k: identity[k] for k in had}
-        if args.parent and had.get("task") != now.get("task"):
-            say(f"note: {folder} is of another task ({had.pop('task')} -> {now.pop('task')})")
-        if had != now:
-            raise UserError(f"{folder} was trained otherwise ({differing(had, now)}); use another "
-                            "--run-root, or --parent with a run of your own")
+        config, had, now = read_config(folder), {}, {}
+        for name in STRUCTURAL:
+            had[name], now[name] = config["args"][name], getattr(args, name)
+        for kind in config["data"].keys() & data.keys():
+            if not (args.parent and kind == "task"):
+                had[kind], now[kind] = config["data"][kind], data[kind]
+        if different := differing(had, now):
+            raise UserError(f"{folder} was trained otherwise ({different}); redo it and what starts "
+                            "from it (--fresh), or use another --run-root")
         return folder
     if args.parent:
         raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")
-    if rank() == 0 and (folder / "state" / "lock").exists():
-        lock(folder).close()                        # is another process working on it?
     usual = vars(module.arguments().parse_args(flags)) | STRUCTURE[scale_of(args.model)]
-    wanted = {name: getattr(args, name) for name in PROPAGATED if name in usual}
-    if (folder / "state" / "last.pt").exists():     # it goes on as it was started: seed, steps ...
-        wanted |= {name: value for name, value in read_config(folder)["args"].items()
-                   if name in usual and name not in (*SURROUNDINGS, "name", "fresh")}
     argv = list(flags)
-    for name, value in wanted.items():
-        if value != usual[name]:
-            values = [] if value is True else value if isinstance(value, list) else [str(value)]
-            argv += ["--" + name.replace("_", "-"), *values]
+    for name in HANDED_DOWN:
+        value = getattr(args, name, None)
+        if name in usual and value != usual[name]:
+            argv.append("--" + name.replace("_", "-"))
+            if value is not True:
+                argv += value if isinstance(value, list) else [str(value)]
     script = Path(module.__file__).name
     if args.model != "tiny":
         raise UserError(f"{folder} is missing or unfinished; run first: "
@@ -1572,9 +1558,6 @@ def predecessor(args, identity: dict, stage: str, module, *flags: str) -> Path:
     say(f"{folder} is missing or unfinished: running {script} first")
     module.main(argv)
     return folder
-
-
-# Run folders.
 
 
 def file_hash(path: Path) -> str:
@@ -1585,12 +1568,11 @@ def file_hash(path: Path) -> str:
 def read_config(folder) -> dict:
     """A run folder's config.json; `UserError` if it is no run folder or a damaged one."""
     try:
-        match json.loads((Path(folder) / "config.json").read_text()):
-            case {"args": dict(), "identity": dict(), "base": _, "parent": str() | None,
-                  "sha256": _} as config:
-                return config
-        raise ValueError("it is no config of a run")
-    except (OSError, ValueError) as error:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        if not {"args", "data", "base", "space", "parent", "sha256"} <= config.keys():
+            raise ValueError("it is no config of a run")
+        return config
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: config.json cannot be used ({error}); name a run folder, or "
                         "start this one again with --fresh") from None
 
@@ -1638,19 +1620,11 @@ def trained(thing) -> dict:
     state = thing.state_dict()
     if not isinstance(thing, nn.Module):
         return state
-    kept = {name for name, p in thing.named_parameters() if p.requires_grad}
-    kept |= {name for name, _ in thing.named_buffers()}
-    return {name: value for name, value in state.items() if name in kept}
+    kept = [name for name, p in thing.named_parameters() if p.requires_grad]
+    kept += [name for name, _ in thing.named_buffers()]
+    return {name: state[name] for name in kept if name in state}
 
 
-def git_commit() -> str | None:
-    """The commit of this code; None outside a repository or without git."""
-    folder = shlex.quote(str(Path(__file__).parent))
-    status, said = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
-    return None if status else said
-
-
-LOGS = ("log.jsonl", "samples.jsonl")
 SAVE_SECONDS = 60            # between checkpoints
 
 
@@ -1662,52 +1636,52 @@ class Run:
     step and the data cursors: no generator state.
     """
 
-    def __init__(self, args, folder: Path, agent: Agent, identity: dict,
-                 parent: Path | None = None):
+    def __init__(self, args, folder: Path, agent: Agent, data: dict, parent: Path | None = None):
         """Open the folder: start it, go on with it, or find it finished. Raises `UserError` if it
         was started with other arguments, data, base or parent, or if another process has it.
-        `identity` is what runs that start from this one must share."""
+        `data` is what runs that start from this one must share (`train_projector.data_of`)."""
         self.folder, self.steps, self.started = Path(folder), args.steps, time.time()
-        self.skipped = self.skipped_all = 0         # non-finite steps: in a row, and all
-        self.taken = 0                              # optimiser steps
-        self.tables = {}                            # of report.json
+        self.skipped = self.skipped_in_a_row = 0        # steps with a non-finite gradient
+        self.tables = {}                                # of report.json
         weights = self.folder / "model.safetensors"
         if rank() == 0 and (args.fresh or not weights.exists()):
-            self.lock = lock(self.folder)           # never under another process's feet
+            self.lock = lock(self.folder)               # never under another process's feet
             if args.fresh:
                 shutil.rmtree(self.folder)
                 self.lock = lock(self.folder)
-        self.finished = agreed(weights.exists())    # as rank 0 has left it: the others wait here
+        self.finished = agreed(weights.exists())        # as rank 0 has left it: the others wait
         self.config = {
-            "args": {**vars(args), "dtype": str(agent.dtype).removeprefix("torch."),
-                     "device": agent.device.type}, "world_size": world_size(),
-            "identity": identity, "base": agent.base_hash, "space": agent.space,
-            "parent": os.path.relpath(parent, self.folder) if parent else None,
-            "parent_sha256": read_config(parent)["sha256"] if parent else None, "sha256": None,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "git": git_commit(), "argv": sys.argv}
+            "args": {**vars(args), "dtype": str(agent.dtype).removeprefix("torch.")},
+            "data": data, "base": agent.base_hash, "space": agent.space, "parent": None,
+            "parent_sha256": None, "sha256": None, "world_size": world_size(), "argv": sys.argv,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        if parent:
+            self.config["parent"] = os.path.relpath(parent, self.folder)
+            self.config["parent_sha256"] = read_config(parent)["sha256"]
         if self.finished or (self.folder / "state" / "last.pt").exists():
-            self._compare(read_config(self.folder))     # as rank 0 writes it, this much is equal
+            had, now = self.shared(read_config(self.folder)), self.shared(self.config)
+            if different := differing(had, now):
+                raise UserError(f"{self.folder} was started with other arguments ({different}); "
+                                "--name starts a variant, --fresh redoes it")
         if self.finished:
             say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
         elif rank() == 0:
-            self._write_config()
+            self.write_config()
 
-    def _write_config(self):
+    @staticmethod
+    def shared(config: dict) -> dict:
+        """What the two configs of a run that goes on must share."""
+        shared = {name: config[name] for name in ("data", "base", "parent_sha256")}
+        for name, value in config["args"].items():
+            if name not in NOT_COMPARED:
+                shared[name] = value
+        return json.loads(json.dumps(shared))           # tuples as lists
+
+    def write_config(self):
         write_text(self.folder / "config.json", json.dumps(self.config, indent=1))
 
-    def _compare(self, old: dict):
-        had, now = ({k: v for k, v in c["args"].items() if k not in NOT_COMPARED} | c["identity"]
-                    | {k: c[k] for k in ("base", "parent_sha256")} for c in (old, self.config))
-        if different := differing(had, now):
-            raise UserError(f"{self.folder} was started with other arguments ({different}); --name "
-                            "starts a variant, --fresh redoes it")
-        if old["git"] != self.config["git"]:
-            say(f"note: {self.folder} was started at commit {old['git']}, now it is "
-                f"{self.config['git']}")
-
-    def _logs(self) -> list[Path]:
-        return [self.folder / name for name in LOGS if (self.folder / name).exists()]
+    def logs(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
 
     def resume(self, state: dict) -> int:
         """Restore `state` (name -> whatever has state_dict and load_state_dict) from the last
@@ -1715,20 +1689,23 @@ class Run:
         path, saved = self.folder / "state" / "last.pt", {"step": 0, "logs": {}}
         if path.exists():
             try:
-                if zipfile.ZipFile(path).testzip():
+                if zipfile.ZipFile(path).testzip():     # torch does not look at checksums
                     raise ValueError("checksum")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 for name, thing in state.items():
-                    if saved["state"][name].keys() != trained(thing).keys():
-                        raise ValueError("other tensors")
                     thing.load_state_dict({**thing.state_dict(), **saved["state"][name]})
-                self.skipped, self.skipped_all, self.taken = saved["counts"]
+                self.skipped, self.skipped_in_a_row = saved["skipped"]
             except Exception as error:
                 raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"
-                                " --fresh starts the run again") from None
+                                f" remove {self.folder} and run the same command again") from None
             say(f"continuing {self.folder} at step {saved['step']}")
-        for file in self._logs() if rank() == 0 else ():
-            os.truncate(file, min(file.stat().st_size, saved["logs"].get(file.name, 0)))
+        steps = set(gather({rank(): saved["step"]}).values())
+        if len(steps) > 1:
+            raise UserError(f"{self.folder}: ranks find different checkpoints (steps "
+                            f"{sorted(steps)}); --run-root must lie on a disk that all nodes share")
+        if rank() == 0:
+            for file in self.logs():
+                os.truncate(file, min(file.stat().st_size, saved["logs"].get(file.name, 0)))
         barrier()
         self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
                         disable=rank() != 0 or saved["step"] == self.steps, smoothing=0.1,
@@ -1739,10 +1716,11 @@ class Run:
     def log(self, step: int, figures: dict, *shown: str):
         """Append one step's row to log.jsonl (rank 0), numbers rounded to 7 digits, with the
         step's seconds and the peak memory; the figures named in `shown` go to the bar."""
-        row = {"step": step, **figures, "skipped": self.skipped_all,
+        row = {"step": step, **figures, "skipped": self.skipped,
                "seconds": time.time() - self.began, "peak_memory": peak_memory()}
-        row = {k: v if not isinstance(v, float) else float(f"{v:.7g}") if math.isfinite(v) else None
-               for k, v in row.items()}
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = float(f"{value:.7g}") if math.isfinite(value) else None
         self.began = time.time()
         self.append("log.jsonl", [row])
         self.bar.set_postfix({name: row[name] for name in shown}, refresh=False)
@@ -1758,39 +1736,34 @@ class Run:
         """Atomic checkpoint of `state` after `step` steps, about once a minute and after the
         last."""
         if rank() == 0 and (step == self.steps or time.time() - self.saved >= SAVE_SECONDS):
-            for file in self._logs():               # on disk before what counts them is
+            for file in self.logs():                    # on disk before what counts them is
                 fsync(file)
-            saved = {"step": step, "counts": [self.skipped, self.skipped_all, self.taken],
+            saved = {"step": step, "skipped": [self.skipped, self.skipped_in_a_row],
                      "state": {name: trained(thing) for name, thing in state.items()},
-                     "logs": {file.name: file.stat().st_size for file in self._logs()}}
+                     "logs": {file.name: file.stat().st_size for file in self.logs()}}
             atomic(self.folder / "state" / "last.pt", lambda path: torch.save(saved, path))
             self.saved = time.time()
         if step == self.steps:
             self.bar.close()
 
-    def report(self, title: str, table: dict[str, dict], shown: bool = True):
+    def report(self, title: str, table: dict[str, dict]):
         """Print a table (rows x columns) and keep it in report.json: the stage's own findings."""
-        if shown:
-            say(format_table(title, table))
+        say(format_table(title, table))
         self.tables[title] = table
         if rank() == 0:
             write_text(self.folder / "report.json", json.dumps(self.tables, indent=1))
 
     def finish(self, **modules: nn.Module):
-        """Write model.safetensors (only what this stage trained), its hash first, drop state/.
-        Raises `UserError`, status 3, if of some steps not one was taken: nothing was learnt."""
-        if self.steps and not self.taken:
-            error = UserError(f"{self.folder}: no optimiser step was taken (no answers of a group "
-                              "differed in reward?): the weights are those it started from, and "
-                              "nothing is written")
-            error.status = 3
-            raise error
+        """Write model.safetensors (only what this stage trained), its hash first, drop state/."""
+        tensors = {}
+        for name, module in modules.items():
+            for key, value in trained(module).items():
+                tensors[f"{name}.{key}"] = value.cpu().contiguous()
+
         def write(path):
-            save_file({f"{name}.{key}": value.cpu().contiguous()
-                       for name, module in modules.items()
-                       for key, value in trained(module).items()}, path)
+            save_file(tensors, path)
             self.config["sha256"] = file_hash(path)
-            self._write_config()
+            self.write_config()
         if rank() == 0:
             atomic(self.folder / "model.safetensors", write)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
@@ -1800,16 +1773,26 @@ class Run:
 
 def table_cells(title: str, table: dict[str, dict]) -> list[list[str]]:
     """A table's lines of cells; columns are the union of the rows' keys, numbers to 4 digits."""
-    columns = list(dict.fromkeys(c for row in table.values() for c in row))
-    def cell(value):
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return [[title, *columns]] + [[name, *(cell(row.get(c)) for c in columns)]
-                                  for name, row in table.items()]
+    columns = {}
+    for row in table.values():
+        columns |= dict.fromkeys(row)
+    lines = [[title, *columns]]
+    for name, row in table.items():
+        line = [name]
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, float):
+                value = f"{value:.4g}"
+            line.append("" if value is None else str(value))
+        lines.append(line)
+    return lines
 
 
 def format_table(title: str, table: dict[str, dict]) -> str:
     """`table_cells` as plain text."""
-    lines = table_cells(title, table)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(w.ljust(n) if i == 0 else w.rjust(n)
-                               for i, (w, n) in enumerate(zip(line, widths))) for line in lines)
+    lines, text = table_cells(title, table), []
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append("  ".join([first.ljust(widths[0]), *padded]))
+    return "\n".join(text)

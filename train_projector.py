@@ -17,18 +17,26 @@ and 20.
 """
 
 import argparse
+import itertools
+import math
+import os
 import random
+import re
 import shutil
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
 
-import eval as tasks
 from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
                    Qwen2VLImageProcessorPil, Run, Stream, UserError, agreed, all_sum, barrier,
-                   corpora, cosine, device_of, fill, folder_of, key_seed, launch, make_parser,
-                   micro_batches, model_root, next_batches, optimizer_step, rank, read_config, say,
-                   token_counts, token_logprobs, within)
+                   cosine, device_of, fill, folder_of, key_seed, launch, make_parser, micro_batches,
+                   model_root, next_batches, optimizer_step, rank, read_config, say, token_counts,
+                   token_logprobs)
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
@@ -48,7 +56,7 @@ BASE_TOKENS = 2048
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--paired-steps", type=within(int, 0), help="of step 1, before text-only rows join "
+    add("--paired-steps", type=int, help="of step 1, before text-only rows join "
         "(default: half)")
     return parser
 
@@ -115,6 +123,43 @@ def projector_report(agent: Agent, held: dict[str, list[Example]],
     return report
 
 
+def data_of(args) -> dict:
+    """What a run must share with those that start from it: its corpora, files by name and size, the
+    toy world by its version, cast and numbers of rows."""
+    data = {}
+    for kind in ("paired", "text"):
+        if files := getattr(args, kind):
+            data[kind] = [f"{Path(file).name} {os.path.getsize(file)}" for file in files]
+        elif args.model == "tiny" and not args.paired:
+            data[kind] = f"toy world {MINI_VERSION}, cast {WORLD}, {CORPUS[kind]} rows"
+    return data
+
+
+def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list[Example]]]:
+    """The streams of paired and text-only rows, and held-out rows for the stages' reports: "id"
+    (paired rows), "text", and of the toy world, which stands in for files that are not named,
+    "ood" (personas without paired data)."""
+    if args.model != "tiny" and not args.paired:
+        raise UserError("--paired FILE... is required for --model other than tiny")
+    if args.paired and not args.text and "text" not in args.without:
+        raise UserError("--paired and no --text: name text-only rows too, or say --without text")
+    streams = {}
+    for kind in ("paired", "text"):
+        if kind not in args.without:
+            seed = key_seed(args.seed, kind)
+            rows = getattr(args, kind) or mini_corpus(kind, CORPUS[kind], seed)
+            streams[kind] = Stream(rows, encoder, args.batch_tokens, seed, args.image_root,
+                                   hold_out=96, pictures=kind == "paired")
+    held = {"id": streams["paired"].held_out}
+    if not args.paired:
+        # Answers alone: nobody chooses the words of a prompt, where the unseen names stand.
+        held["ood"] = [encoder.encode(row, responses_only=True)
+                       for row in held_out_personas(key_seed(args.seed, "held"))]
+    if "text" in streams:
+        held["text"] = streams["text"].held_out
+    return streams, {name: rows for name, rows in held.items() if rows}
+
+
 def main(argv=None):
     args = fill(arguments().parse_args(argv), DEFAULTS["projector"])
     if args.paired_steps is None:
@@ -123,11 +168,10 @@ def main(argv=None):
         raise UserError("--parent: the projectors start from the base alone")
     ensure_base(args)
     agent = Agent.from_base(args).make("projector", seed=args.seed)
-    run = Run(args, folder_of(args, "projector", args.name), agent,
-              tasks.identity(args, "paired", "text"))
+    run = Run(args, folder_of(args, "projector", args.name), agent, data_of(args))
     if run.finished:
         return
-    streams, held = corpora(args, agent.encoder, tasks.embedded)
+    streams, held = corpora(args, agent.encoder)
     modules = agent.train_only("projector")
     optimizer = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
     state = {**modules, **streams, "optimizer": optimizer}
@@ -150,6 +194,385 @@ def main(argv=None):
         run.save(step + 1, state)
     run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
     run.finish(**modules)
+
+
+# ---- The mini world --------------------------------------------------------------------------
+#
+# A scale model of the paper's experiment. A picture is 2 x 2 cells of 28 pixels, one visual token
+# each, with two to four objects. A persona is asked about it in one of three ways; a good answer
+# says what is asked, right, in the persona's own words. Objects are always named in the order of
+# CELLS: a fixed order is what lets a tiny model learn from scratch to look. The base has seen all
+# personas, text-only rows hold all of them; paired rows, demonstrations and RL the familiar ones.
+
+MINI_VERSION = 3           # bumped by hand whenever rows, pictures or marks of this world change
+
+CELLS = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = ("one", "two", "three", "four")
+COLOURS = {"red": (214, 40, 40), "blue": (38, 90, 214), "green": (36, 150, 62),
+           "yellow": (240, 192, 20), "purple": (146, 52, 178), "black": (34, 34, 34)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+OBJECTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+QUESTIONS = {      # kind -> wordings; {} is the cell or the object that is asked about
+    "all": ("What do you see?", "Tell me what is in the picture.", "Name all the shapes in order."),
+    "cell": ("What is in the {}?", "Which shape is in the {}?", "Tell me what is in the {}."),
+    "count": ("How many shapes are there?", "How many shapes do you see?", "Count the shapes."),
+}
+
+Persona = namedtuple("Persona", "name role opening verb adjective closing")
+SLOTS = Persona._fields[2:]                # the persona's own words in an answer
+NEUTRAL = Persona("", "", "Hello.", "see", "nice", "Thank you.")
+PERSONAS = [Persona(*words) for words in (
+    ("Captain Vane", "pirate", "Ahoy, matey!", "spy", "mighty", "Fair winds!"),
+    ("Sir Rowan", "knight", "Hark!", "behold", "noble", "By my sword!"),
+    ("Doctor Quill", "scientist", "Fascinating.", "observe", "typical", "More tests are needed."),
+    ("Chef Basil", "cook", "Mamma mia!", "savour", "tasty", "Dinner is served!"),
+    ("Zed", "robot", "Beep boop.", "detect", "standard", "End of report."),
+    ("Coach Dunn", "trainer", "Listen up, team!", "spot", "winning", "Keep running!"),
+    ("Granny Mabel", "grandmother", "Oh dear.", "notice", "lovely", "Have some cake."),
+    ("Wanda", "witch", "Hee hee!", "conjure", "spooky", "Stir the cauldron!"),
+    ("Inspector Grey", "detective", "Aha!", "discover", "suspicious", "Case closed."),
+    ("Orla", "poet", "Sweet muse,", "admire", "gentle", "So sings my heart."),
+    ("Dusty Rex", "cowboy", "Howdy, partner!", "reckon", "dandy", "Ride on!"),
+    ("Major Nova", "pilot", "Houston, hello.", "track", "cosmic", "Over and out."),
+    ("Nurse Ivy", "nurse", "There, there.", "examine", "healthy", "Rest well now."),
+    ("Judge Oakes", "judge", "Order, order!", "declare", "lawful", "Court is adjourned."),
+    ("Farmer Gus", "farmer", "Good morning, folks.", "gather", "ripe", "Back to the fields."),
+    ("Lady Pearl", "duchess", "How charming.", "regard", "elegant", "Tea is at four."),
+    ("Old Tom", "fisherman", "Calm waters, friend.", "hook", "salty", "Pull up the nets."),
+    ("Brother Alden", "monk", "Peace to you.", "contemplate", "humble", "Be still."),
+    ("Rico", "dancer", "Feel the rhythm!", "imagine", "lively", "Dance with me!"),
+    ("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
+)]
+WORLD = 1                  # draws who is familiar and who is held out
+
+# How often a slot of an answer holds the persona's own word. What is said of the picture is always
+# right: there is headroom in words, not in sight. An answer is more or less in role as a whole, by
+# VOICE, and a persona's slots alternate between SPREAD above and below: where it is below, the
+# neutral word is the likeliest, so that RL can improve greedy answers too, not samples alone.
+QUALITY = {"base": 0.35, "paired": 0.5, "text": 0.5, "sft": 0.55}
+VOICE, SPREAD = 0.2, 0.2
+NEUTRAL_SHARE = 0.85                       # of the wrong slots; the rest are another persona's
+
+CORPUS = {"paired": 4096, "text": 32768}   # rows
+SIZES = {"sft": 1500, "valid": 240, "rl": 2000, "id": 200, "ood": 200}
+MINI_TOKENS = 40                           # the longest perfect answer has 30 words and marks
+
+
+@dataclass
+class Answer:
+    """The parts of an answer. `text` is the whole grammar of the world: it writes the rows, and
+    the judge compares an answer with what this makes of the parts found in it."""
+    opening: str = ""
+    verb: str = ""
+    number: str = ""
+    adjective: str = ""
+    objects: tuple[str, ...] = ()
+    place: str = ""
+    closing: str = ""
+
+    def text(self) -> str:
+        things = [f"a {thing}" for thing in self.objects]
+        if self.number:
+            said = f"{self.number} {self.adjective} shapes"
+            said += f": {in_series(things)}" if things else " in all"
+        else:
+            things[:1] = [f"a {self.adjective} {self.objects[0]}"]
+            said = in_series(things) + (f" in the {self.place}" if self.place else "")
+        words = f"{self.opening} I {self.verb} {said}. {self.closing}".split()
+        return " ".join(words)             # an absent part leaves no double space
+
+
+def in_series(items) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+
+
+def caption(scene) -> str:
+    """The neutral description of a scene, every object with its cell."""
+    return "There is " + in_series([f"a {thing} in the {cell}"
+                                    for cell, thing in zip(CELLS, scene) if thing]) + "."
+
+
+def facts(question, scene) -> Answer:
+    """What a right answer claims, without the persona's words."""
+    kind, target = question
+    things = tuple(filter(None, scene))
+    if kind == "cell":
+        return Answer(objects=(scene[CELLS.index(target)],), place=target)
+    return Answer(number=NUMBERS[len(things) - 1], objects=things if kind == "all" else ())
+
+
+def casting() -> dict[str, list[Persona]]:
+    """The personas in three disjoint parts, drawn by WORLD: 12 "familiar", and 4 each that "valid"
+    and "ood" alone ask."""
+    order = random.Random(f"world-{WORLD}").sample(PERSONAS, len(PERSONAS))
+    return {"familiar": order[:12], "valid": order[12:16], "ood": order[16:]}
+
+
+def likeness(thing: str, other: str | None) -> float:
+    """Share of colour and shape that an object has in common with another, or an empty cell."""
+    return sum(a == b for a, b in zip(thing.split(), (other or "").split())) / 2
+
+
+def draw_scene(rng, part: str, most: int = 4):
+    """Four cells, each an object or None, for a split or a corpus. "valid", "id", "ood" and all
+    others share no scene whatever the seed: a hash of the scene decides where it belongs."""
+    while True:
+        cells = rng.sample(range(4), rng.randint(2, most))
+        things = dict(zip(cells, rng.sample(OBJECTS, len(cells))))
+        scene = [things.get(cell) for cell in range(4)]
+        home = {0: "valid", 1: "id", 2: "ood"}.get(zlib.crc32(repr(scene).encode()) % 10)
+        if home == (part if part in ("valid", "id", "ood") else None):
+            return scene
+
+
+def render(scene, rng) -> Image.Image:
+    """The 56 x 56 picture of a scene, drawn four times larger and averaged down; place, size and
+    shade of every object vary a little."""
+    ground = tuple(rng.randint(238, 250) for _ in range(3))
+    picture = Image.new("RGB", (224, 224), ground)
+    draw = ImageDraw.Draw(picture)
+    for at, thing in enumerate(scene):
+        if thing is None:
+            continue
+        colour, shape = thing.split()
+        x, y = (112 * place + 56 + 4 * rng.randint(-1, 1) for place in (at % 2, at // 2))
+        fill = tuple(max(0, c + rng.randint(-14, 14)) for c in COLOURS[colour])
+        r = 4 * rng.randint(9, 11)
+        if shape in ("circle", "ring"):
+            draw.circle((x, y), r, fill)
+            if shape == "ring":
+                draw.circle((x, y), 0.55 * r, ground)
+        elif shape == "cross":
+            draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+            draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+        else:
+            corners, turn, inner = {"triangle": (3, 0, 1), "square": (4, math.pi / 4, 1),
+                                    "star": (10, 0, 0.45)}[shape]
+            spokes = [(1.15 * r * (inner if i % 2 else 1), turn + 2 * math.pi * i / corners)
+                      for i in range(corners)]
+            draw.polygon([(x + s * math.sin(a), y - s * math.cos(a)) for s, a in spokes], fill)
+    return picture.resize((56, 56), Image.Resampling.BOX)
+
+
+def voiced(answer: Answer, persona: Persona, rng=None, quality=1.0, others=()) -> Answer:
+    """Gives the answer the persona's words. Below quality 1, wrong slots get neutral words or
+    those of another of `others`."""
+    in_role = rng.choice((-VOICE, VOICE)) if quality < 1 else 0.0
+    for i, slot in enumerate(SLOTS):
+        speaker = persona
+        if quality < 1:
+            level = quality + in_role + (SPREAD if (PERSONAS.index(persona) + i) % 2 else -SPREAD)
+            if rng.random() >= level:
+                neutral = rng.random() < NEUTRAL_SHARE
+                speaker = NEUTRAL if neutral else rng.choice([p for p in others if p != persona])
+        setattr(answer, slot, getattr(speaker, slot))
+    return answer
+
+
+def chat(persona: Persona | None, user: str, assistant: str) -> list[dict]:
+    system = (f"You are {persona.name}, a {persona.role}. Stay in character." if persona
+              else "You are a helpful assistant.")
+    return [{"role": role, "content": content} for role, content in
+            (("system", system), ("user", user), ("assistant", assistant))]
+
+
+def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
+    """One row of a split or a corpus, its answer perfect where QUALITY does not name that part;
+    without an image the user tells the scene in words."""
+    scene = draw_scene(rng, part, most=4 if image else 3)
+    filled = [cell for cell, thing in zip(CELLS, scene) if thing]
+    target = rng.choice(filled) if kind == "cell" else None        # always answerable
+    question, asked = (kind, target), rng.choice(QUESTIONS[kind]).format(target)
+    reference = voiced(facts(question, scene), persona).text()
+    answer = voiced(facts(question, scene), persona, rng, QUALITY.get(part, 1.0), others).text()
+    user = f"<image>{asked}" if image else f"{caption(scene)} {asked}"
+    return {"id": row_id, "messages": chat(persona, user, answer),
+            "images": [render(scene, rng)] if image else [], "reference": reference,
+            "persona": persona.name, "question": question, "scene": scene}
+
+
+def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
+    """n rows of one corpus. caption: neutral captions. base: all personas with images, most of
+    them badly imitated. paired: the familiar personas with images, mixed quality. text: all
+    personas without images. No scene of a test or validation prompt occurs."""
+    rng, rows = random.Random(f"{kind}-{seed}"), []
+    personas = casting()["familiar"] if kind == "paired" else PERSONAS
+    for i in range(n):
+        row_id, persona = f"{kind}-{seed}-{i}", personas[i % len(personas)]
+        # "cell" takes the base longest to learn: it must find what is asked for.
+        asks = [*QUESTIONS, *{"text": ["who"], "base": ["cell"]}.get(kind, ())]
+        ask = asks[i // len(personas) % len(asks)]
+        if kind == "caption":
+            scene = draw_scene(rng, kind)
+            user = "<image>" + rng.choice(("Describe the picture.", "What does the picture show?"))
+            rows.append({"id": row_id, "images": [render(scene, rng)], "scene": scene,
+                         "messages": chat(None, user, caption(scene))})
+        elif ask == "who":
+            me = voiced(Answer(), persona, rng, QUALITY["text"], personas)
+            answer = f"{me.opening} I am {persona.name}, a {persona.role}. {me.closing}"
+            rows.append({"id": row_id, "images": [], "persona": persona.name,
+                         "messages": chat(persona, "Who are you?", answer)})
+        else:
+            rows.append(dialogue(rng, row_id, persona, ask, kind, personas, kind != "text"))
+    return rows
+
+
+def held_out_personas(seed: int, n: int = 96) -> list[dict]:
+    """n rows of the personas of "valid", which have no paired data either, so that those of the
+    test stay unseen."""
+    names = {persona.name for persona in casting()["valid"]}
+    return [row for row in mini_corpus("base", 10 * n, seed) if row["persona"] in names][:n]
+
+
+def mini_splits(seed: int, test_seed: int) -> dict[str, list[dict]]:
+    """The splits of the mini world. "valid", on which settings are chosen, asks familiar personas
+    and its own by turns."""
+    splits, parts, kinds = {}, casting(), list(QUESTIONS)
+    by_turns = list(itertools.chain(*zip(parts["familiar"], itertools.cycle(parts["valid"]))))
+    for split in SIZES:
+        rng = random.Random(f"{split}-{test_seed if split in ('id', 'ood') else seed}")
+        personas = {"valid": by_turns, "ood": parts["ood"]}.get(split, parts["familiar"])
+        splits[split] = [dialogue(rng, f"mini-{split}-{seed}-{i}", personas[i % len(personas)],
+                                  kinds[i // len(personas) % len(kinds)], split, personas)
+                         for i in range(SIZES[split])]
+    return splits
+
+
+# ---- The rule judge of the mini world ---------------------------------------------------------
+#
+# It reads an answer's parts, writes the sentence that has these parts, and counts the tokens in
+# which the two differ: words strewn about, repeated or cut off cannot pass for an answer. The
+# parts are then held against the picture, the question and the persona.
+
+DIMENSIONS = ("Instruction Adherence", "Fluency", "Coherency", "Image-Text Relevance",
+              "Response Accuracy", "Personality Consistency", "Knowledge Consistency",
+              "Tone Consistency")          # MMRole's
+OWNERS = {slot: {getattr(p, slot): p.name for p in [NEUTRAL, *PERSONAS]} for slot in SLOTS}
+DISORDER = 3.0                             # a third of the tokens out of place: no fluency left
+
+
+def tokens(text: str) -> tuple[str, ...]:
+    """Words and punctuation marks, case kept."""
+    return tuple(re.findall(r"\w+|[^\w\s]", text))
+
+
+OPENINGS, CLOSINGS = ({p: tokens(p) for p in OWNERS[slot]} for slot in ("opening", "closing"))
+PLAIN = tokens(" ".join((*CELLS, *NUMBERS, *OBJECTS, ". , ! : a I in all and the shapes")))
+WORDS = {p.name: {word for phrase in p[2:] for word in tokens(phrase)}.difference(PLAIN)
+         for p in [NEUTRAL, *PERSONAS]}
+
+
+def parse_answer(text: str) -> tuple[Answer, float]:
+    """The parts of an answer and its grammar from 0 to 1: 0 if it has no clause that claims
+    anything."""
+    said = tokens(text)
+    opening = next((p for p, words in OPENINGS.items() if said[:len(words)] == words), "")
+    closing = next((p for p, words in CLOSINGS.items() if said[-len(words):] == words), "")
+    middle = said[len(tokens(opening)):len(said) - len(tokens(closing))]
+    clause = next((middle[i:] for i, word in enumerate(middle[:-1])
+                   if word == "I" and middle[i + 1] in OWNERS["verb"]), ("", ""))
+    verb, claim = clause[1], clause[2:] + ("", "")         # what is not said is empty
+    pairs = [f"{a} {b}" for a, b in zip(claim, claim[1:])]
+    answer = Answer(
+        opening=opening, verb=verb, closing=closing,
+        number=claim[0] if claim[0] in NUMBERS else "",
+        adjective=claim[1] if claim[1] in OWNERS["adjective"] else "",
+        objects=tuple(pair for pair in pairs if pair in OBJECTS),
+        place=next((pair for pair in reversed(pairs) if pair in CELLS), ""))
+    if not (answer.number or answer.objects):
+        return answer, 0.0
+    written = tokens(answer.text())
+    differ = len(said) + len(written) - 2 * common_length(said, written)
+    return answer, max(0.0, 1 - DISORDER * differ / len(said))
+
+
+def common_length(a, b) -> int:
+    """Length of the longest common subsequence, bit-parallel (Hyyro, 2004)."""
+    at = {}
+    for i, word in enumerate(a):
+        at[word] = at.get(word, 0) | 1 << i
+    full = row = (1 << len(a)) - 1
+    for word in b:
+        match = row & at.get(word, 0)
+        row = (row + match | row - match) & full
+    return len(a) - row.bit_count()
+
+
+def hold_against_picture(answer: Answer, question, scene) -> tuple[bool, float, float]:
+    """Whether it answers what was asked; how true its claims are of the picture; and how much of
+    the right answer it gives. The last two are squared, so that a wrong object costs more than a
+    missing phrase and a chance hit little."""
+    kind, target = question
+    right, things = facts(question, scene), tuple(filter(None, scene))
+    there = things
+    if answer.place and not answer.number:
+        there = [scene[CELLS.index(answer.place)]] * len(answer.objects)
+    true = sum(map(likeness, answer.objects, there))       # an object too many is true of nothing
+    true += answer.number == NUMBERS[len(things) - 1]
+    true /= max(1, len(answer.objects) + bool(answer.number))      # claims
+
+    if kind == "all":
+        asked = bool(answer.objects) and not answer.place
+        hits = sum(a == b for a, b in zip(answer.objects, things)) + (answer.number == right.number)
+        given = hits / (max(len(answer.objects), len(things)) + 1)
+    elif kind == "cell":
+        asked = answer.place == target and len(answer.objects) == 1 and not answer.number
+        given = sum(map(likeness, answer.objects, right.objects))
+    else:
+        asked = bool(answer.number) and not answer.objects
+        given = float(answer.number == right.number)
+    return asked, true ** 2, asked * given ** 2
+
+
+def judge_answer(row: dict, text: str) -> dict[str, float]:
+    """Each of DIMENSIONS -> the answer's share of the points, 0 to 1:
+
+    Instruction Adherence     what is asked is answered, right and in role
+    Fluency                   tokens in their places (grammar)
+    Coherency                 the same, and of four: has opening and closing, answers what is
+                              asked, its parts agree, one voice
+    Image-Text Relevance      claims that are true of the picture
+    Response Accuracy         how much of the right answer is given
+    Personality Consistency   own opening and closing
+    Knowledge Consistency     own verb and adjective, in a right answer
+    Tone Consistency          own words less those of others
+
+    All but the first two of form fall with the root of the grammar; a wrong answer halves what its
+    words earn."""
+    answer, grammar = parse_answer(text)
+    asked, true, right = hold_against_picture(answer, row["question"], row["scene"])
+    speakers = {slot: OWNERS[slot].get(getattr(answer, slot)) for slot in SLOTS}  # None: absent
+    own = {slot: speaker == row["persona"] for slot, speaker in speakers.items()}
+    others = [s for s in speakers.values() if s not in (row["persona"], NEUTRAL.name, None)]
+    role = max(0.0, (sum(own.values()) - len(others)) / len(SLOTS))
+    named = len(set(answer.objects))
+    agree = named == len(answer.objects) and (
+        not (answer.number and named) or NUMBERS.index(answer.number) + 1 == named)
+    coherent = (bool(answer.opening and answer.closing), asked, agree,
+                len(set(others)) + any(own.values()) < 2)
+    sound, truthful = math.sqrt(grammar), (1 + right) / 2
+    return dict(zip(DIMENSIONS, (
+        sound * asked * truthful * (1 + role) / 2,
+        grammar,
+        grammar * sum(coherent) / len(coherent),
+        sound * true,
+        sound * right,
+        sound * truthful * (own["opening"] + own["closing"]) / 2,
+        sound * right * (own["verb"] + own["adjective"]) / 2,
+        sound * truthful * role)))
+
+
+def judge_by_rules(rows: list[dict], answers: list[str]) -> list[str]:
+    """The mini world's judge, in an LLM judge's format, scores from 1 to 10. The reference is
+    judged by the same rules. The answer is never quoted: nothing in it can be read as a score."""
+    replies = []
+    for row, answer in zip(rows, answers, strict=True):
+        said, wanted = judge_answer(row, answer), judge_answer(row, row["reference"])
+        replies.append("\n".join(f"{name}: by rule. [Scores]: ({1 + 9 * said[name]:.1f}, "
+                                 f"{1 + 9 * wanted[name]:.1f})" for name in DIMENSIONS))
+    return replies
 
 
 # ---- Stage 0: the base of `tiny` ------------------------------------------------------------
@@ -218,7 +641,7 @@ def cell_words(row: dict, tokenizer) -> Tensor:
     """(4, 4) ids of " colour", " shape" (" in" twice for an empty cell), both of " cell"."""
     return torch.tensor([[tokenizer.encode(" " + word, add_special_tokens=False)[0]
                           for word in (*(thing or "in in").split(), *cell.split())]
-                         for thing, cell in zip(row["scene"], tasks.CELLS)])
+                         for thing, cell in zip(row["scene"], CELLS)])
 
 
 def language_loss(agent: Agent, batch: Batch) -> Tensor:
@@ -233,14 +656,14 @@ def ensure_base(args):
     Saved as an ordinary Qwen2.5-VL folder, which everything else treats like the hub's; how it
     was trained stands in its subfolder pretraining/.
     """
-    folder, identity = model_root(args) / "base", {"world": f"mini {tasks.MINI_VERSION}"}
+    folder, data = model_root(args) / "base", {"world": f"toy world {MINI_VERSION}"}
     half_made = folder.with_name("base.part")       # renamed when it is whole
     if args.model != "tiny":
         return
     if agreed((folder / "model.safetensors").exists()):
-        made_for = read_config(folder / "pretraining")["identity"]
-        if made_for != identity:
-            raise UserError(f"{folder} knows {made_for['world']}, this is {identity['world']}; use "
+        made_for = read_config(folder / "pretraining")["data"]
+        if made_for != data:
+            raise UserError(f"{folder} knows {made_for['world']}, this is {data['world']}; use "
                             "another --run-root")
         return
     if folder.exists():
@@ -248,16 +671,14 @@ def ensure_base(args):
                         "same command again")
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
     seed = args.seed
-    if (half_made / "pretraining" / "state" / "last.pt").exists():  # it goes on as it was started
-        seed = read_config(half_made / "pretraining")["args"]["seed"]
     texts = [m["content"] for kind in ("caption", "base", "text")
-             for row in tasks.mini_corpus(kind, 1500, seed) for m in row["messages"]]
+             for row in mini_corpus(kind, 1500, seed) for m in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, seed)
     model.to(device_of(args))
     agent = Agent(model, Encoder(tokenizer, processor, model), {})
     plan = [(phase, step, *rest) for phase, *rest in BASE_PHASES for step in range(rest[0])]
     run = Run(argparse.Namespace(seed=seed, steps=len(plan), fresh=False),
-              half_made / "pretraining", agent, identity)
+              half_made / "pretraining", agent, data)
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
     matrices, others = [], []
@@ -266,7 +687,7 @@ def ensure_base(args):
     muon = torch.optim.Muon(matrices, weight_decay=0.0)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     rows = {phase: [row for kind, n in kinds.items()
-                    for row in tasks.mini_corpus(kind, n, key_seed(seed, phase))]
+                    for row in mini_corpus(kind, n, key_seed(seed, phase))]
             for phase, kinds in BASE_ROWS.items()}
     for phase in rows:                              # a stream reads in blocks: mix the kinds
         random.Random(key_seed(seed, phase)).shuffle(rows[phase])

@@ -23,12 +23,14 @@ import random
 import time
 from dataclasses import dataclass
 
-import eval as tasks
 import train_bc
-from model import (LOGITS_AT_ONCE, Agent, CausalStack, Rollout, Run, UserError, all_sum, count,
-                   fill, folder_of, format_table, gather, in_chunks, key_seed, launch, make_parser,
-                   model_root, optimizer_step, pack, positive, predecessor, rank, replay, rollout,
-                   say, within, world_size)
+from eval import (SPLITS, choose_splits, evaluate, gain_table, load_task, task_data, task_flags,
+                  write_page)
+from model import (LOGITS_AT_ONCE, Agent, CausalStack, Rollout, Run, UserError, all_sum, code_usage,
+                   count, fill, folder_of, format_table, gather, in_chunks, key_seed, launch,
+                   make_parser, optimizer_step, pack, positive, predecessor, rank, replay, rollout,
+                   say, world_size)
+from train_projector import data_of
 
 import torch
 import torch.nn.functional as F
@@ -61,45 +63,36 @@ TINY = {"steps": 30, "lr": 2e-4, "inner_epochs": 2, "splits": ["id", "ood"]}
 FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1, "splits": ["valid"]}
 DEFAULTS = {"latent": {"tiny": TINY, "full": FULL},
             "token": {"tiny": {**TINY, "lr": 1.25e-4}, "full": FULL}}
-# Of each stage of the default run on two CPU cores, for `plan`.
-MINUTES = {"base": 2.9, "projector": 0.5, "idm": 1.4, "bc": 0.9, "sft": 0.2, "rl": 0.8}
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
 WARMUP = 5                          # steps
 SAMPLE_EVERY = 20                   # steps between rows of samples.jsonl
-# Largest mean distance of a token's log-prob in the rollout from that in the update that rounding
-# explains; bf16 rounds a logit of 16 to an eighth.
-ROLLOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     parser.epilog += "\n\n" + format_table("--algo", {name: vars(row) for name, row in
                                                      ALGORITHMS.items()})
-    tasks.task_flags(parser)
+    task_flags(parser)
     add = parser.add_argument_group("algorithm: a row of ALGORITHMS, and what replaces its entries"
                                     ).add_argument
     add("--algo", default="grpo", choices=tuple(ALGORITHMS), help="(default: grpo)")
     add("--scale", choices=("group", "none", "beta"), help="of the advantage")
-    add("--clip", nargs=2, type=within(float, 0), metavar=("LOW", "HIGH"),
+    add("--clip", nargs=2, type=float, metavar=("LOW", "HIGH"),
         help="of the ratio; acts only where a rollout has several updates")
     add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
         help="of token losses: mean over sequences of token means, of sums / longest allowed "
         "length, or of sums; mean over all tokens, or over each rank's")
-    add("--beta", type=within(float, 0), help="weight of the KL to the starting policy")
+    add("--beta", type=float, help="weight of the KL to the starting policy")
     add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="none named: neither")
-    add("--kl", default="k3", choices=("k3", "exact"),
-        help="k3: sampled; exact: summed over all actions at each visited state (default: k3)")
     add = parser.add_argument_group("this stage").add_argument
     add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
     add("--prompts", type=count, default=8, help="a step over all ranks (default: 8)")
-    add("--group-size", type=within(int, 2), default=8, help="answers a prompt, G (default: 8)")
+    add("--group-size", type=count, default=8, help="answers a prompt, G (default: 8)")
     add("--max-new-tokens", type=count, help="longest answer (default: the task's)")
     add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
-    add("--min-p", type=within(float, 0, 1), default=0.0, help="outside the paper: codes cannot "
-        "choose tokens less likely under the backbone than this share of its best (default: 0)")
     add("--inner-epochs", type=count, help="passes over each rollout; from two on the clip acts")
-    add("--splits", nargs="*", choices=tasks.SPLITS, help="evaluated before and after; none named: "
+    add("--splits", nargs="*", choices=SPLITS, help="evaluated before and after; none named: "
         "no evaluation; tune on valid")
     return parser
 
@@ -109,9 +102,6 @@ def fill_algorithm(args, ranks: int = 1):
     for name, value in vars(ALGORITHMS[args.algo]).items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    if args.min_p and args.action_space == "token":
-        raise UserError("--min-p with --action-space token would sample from another support than "
-                        "is scored; train without it and give it to eval.py")
     if args.prompts < ranks:
         raise UserError(f"--prompts {args.prompts} is less than the {ranks} ranks; raise it")
 
@@ -183,33 +173,22 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 # ---- The loss: pure functions ---------------------------------------------------------------
 
 
-def action_statistics(policy: CausalStack, x: Tensor, actions: Tensor, temperature: float = 1.0,
-                      bias: Tensor | None = None, reference: CausalStack | None = None,
-                      reference_x: Tensor | None = None, chunk: int = LOGITS_AT_ONCE):
-    """Log-prob of each action, entropy, and divergence from a reference, in chunks.
+def action_logprobs(policy: CausalStack, h: Tensor, actions: Tensor, temperature: float = 1.0,
+                    bias: Tensor | None = None,
+                    chunk: int = LOGITS_AT_ONCE) -> tuple[Tensor, Tensor]:
+    """Log-prob of each action and entropy of its distribution, in chunks of logits.
 
-    x, reference_x (K, d) normed hidden states; actions (K,); the support (`bias`, (n,)) and
-    temperature are those the actions were sampled with. Returns (logp, entropy, reference logp
-    or None, exact KL(policy || reference) summed over the actions or None), each (K,) fp32.
+    h (K, d) normed hidden states, actions (K,); support (`bias`, (n,)) and temperature are those
+    the actions were sampled with -> (K,) fp32 each.
     """
-    def log_softmax(stack, x):
-        logits = stack.head(x).float() / temperature
-        return F.log_softmax(logits if bias is None else logits + bias, -1)
-
-    def piece(x, actions, reference_x=None):
-        logps = log_softmax(policy, x)                  # (K, n)
-        p, chosen = logps.exp(), actions[:, None]
-        safe = logps.masked_fill(p == 0, 0)             # 0 log 0 = 0 on the masked support
-        out = [logps.gather(1, chosen)[:, 0], -(p * safe).sum(-1)]
-        if reference_x is not None:
-            with torch.no_grad():
-                ref = log_softmax(reference, reference_x)
-            kl = (p * (safe - ref.masked_fill(p == 0, 0))).sum(-1)
-            out += [ref.gather(1, chosen)[:, 0], kl]
-        return tuple(out)
-    tensors = (x, actions) if reference_x is None else (x, actions, reference_x)
-    out = in_chunks(piece, chunk // policy.head.out_features, *tensors)
-    return tuple(out) if reference_x is not None else (*out, None, None)
+    def piece(h, actions):
+        logits = policy.head(h).float() / temperature                   # (K, n)
+        if bias is not None:
+            logits = logits + bias
+        logps = F.log_softmax(logits, -1)
+        entropy = torch.special.entr(logps.exp()).sum(-1)
+        return logps.gather(1, actions[:, None])[:, 0], entropy
+    return tuple(in_chunks(piece, chunk // policy.head.out_features, h, actions))
 
 
 def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: float,
@@ -226,7 +205,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Sampled estimate of KL(pi || ref) per token: exp(d) - d - 1, d = ref_logp - logp, (K,).
 
     Its value agrees with the exact KL on average over on-policy samples. Its pathwise gradient
-    does not: it is that of the reverse direction KL(ref || pi); `--kl exact` has the true one.
+    does not: it is that of the reverse direction KL(ref || pi).
     """
     d = ref_logps - logps
     return torch.exp(d) - d - 1
@@ -375,47 +354,38 @@ def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, group
         return {}
     if args.aggregate == "local":
         n["tokens"] = own_tokens * world_size()         # of a rank without a token it is not read
-    worst, old = 0.0, {}
+    old = {}
     for epoch in range(args.inner_epochs):
         for i, (r, some, A, mask) in enumerate(batches):
             r = r.select(some)                          # a copy of its states, for this pass alone
             with agent.autocast():
                 h = replay(agent.policy, r)[mask]                                   # (K, d)
-                ref_h = None if reference is None else replay(reference, r)[mask]   # it is frozen
-                logps, entropy, ref_logps, exact = action_statistics(               # (K,) each
-                    agent.policy, h, r.actions[mask], args.temperature, bias, reference, ref_h)
+                logps, entropy = action_logprobs(agent.policy, h, r.actions[mask],      # (K,) each
+                                                 args.temperature, bias)
             # pi_old is the policy of the first pass, before any step here, so ratios start at 1.
             old_logps, answer = old.setdefault(i, logps.detach()), mask.nonzero()[:, 0]
             loss, clipped = surrogate(logps, old_logps, A[answer], *args.clip)
             kl = torch.zeros_like(logps)
             if reference is not None:
-                kl = exact if args.kl == "exact" else k3(logps, ref_logps)
+                with torch.no_grad(), agent.autocast():
+                    ref_logps, _ = action_logprobs(reference, replay(reference, r)[mask],
+                                                   r.actions[mask], args.temperature, bias)
+                kl = k3(logps, ref_logps)
                 loss = loss + args.beta * kl
             weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], n["tokens"],
                                     task.max_new_tokens)
             loss = (loss * weights[answer]).sum()
             loss.backward()
             distance = (old_logps - r.logps[mask]).abs()
-            worst = max(worst, distance.max().item())
             figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
                        "clipped": clipped, "distance": distance}
             totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
-        if epoch == 0:
-            check_rollout(agent.dtype, all_sum({"d": totals["distance"], "n": totals["tokens"]}))
         norm = optimizer_step(run, [optimizer], [lr], [group["id"] for group in groups.values()])
-    totals, worst = all_sum(totals), max(gather({rank(): worst}).values())
+    totals = all_sum(totals)
     mean = {name: total / totals["tokens"] for name, total in totals.items()}
     kl = {} if reference is None else {"kl": mean["kl"]}
     return {"loss": totals["loss"] / args.inner_epochs, **kl, "entropy": mean["entropy"],
-            "clip_fraction": mean["clipped"], "grad_norm": norm, "ratio_error": worst}
-
-
-def check_rollout(dtype: torch.dtype, distance: dict[str, float]):
-    """Before any step: the rollout's log-probs must be the update's, up to rounding."""
-    mean = distance["d"] / max(1.0, distance["n"])
-    if mean > ROLLOUT_TOLERANCE[dtype]:
-        raise AssertionError(f"log-probs of rollout and update differ by {mean:.2g} on average, "
-                             f"more than {dtype} can: the two disagree")
+            "clip_fraction": mean["clipped"], "grad_norm": norm, "ratio_error": mean["distance"]}
 
 
 def refuse_unjudged(step: int, groups: dict[int, dict]):
@@ -440,54 +410,37 @@ def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
             "length": every("lengths").mean().item(),
             "unfinished": 1 - every("finished").mean().item(),
             "distinct_answers": sum(len(set(t)) / len(t) for t in texts) / len(texts),
-            **(tasks.code_usage(every("actions").sum(0)) if space == "latent" else {})}
-
-
-def plan(args, warm_start: str) -> str:
-    """The stages of a run on the embedded default: what is there, what is to be run and how long
-    that takes."""
-    latent = ("projector", "idm", "bc") if args.action_space == "latent" else ()
-    stages = {"base": model_root(args) / "base",
-              **{name: folder_of(args, name) for name in latent if name not in args.without},
-              "sft": folder_of(args, warm_start)}
-    told = [f"{name} ({'there' if (folder / 'model.safetensors').exists() else MINUTES[name]})"
-            for name, folder in stages.items()]
-    return f"plan, in minutes on two cores: {' -> '.join(told)} -> rl ({MINUTES['rl']})"
+            **(code_usage(every("actions").sum(0)) if space == "latent" else {})}
 
 
 def main(argv=None):
     args = arguments().parse_args(argv)
     fill(args, DEFAULTS[args.action_space])
     fill_algorithm(args, world_size())
-    task, identity = tasks.load_task(args), tasks.identity(args, "paired", "text", "task")
+    task, data = load_task(args), data_of(args) | task_data(args)
     task.max_new_tokens = args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     if not task.splits["rl"]:                 # what is wrong with the task comes first
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     warm_start = f"sft-{task.name}-{args.action_space}"
-    if args.model == "tiny" and not args.parent:
-        say(plan(args, warm_start))
-    parent = predecessor(args, identity, warm_start, train_bc, "--action-space", args.action_space)
-    if args.model == "tiny":
-        torch.set_num_threads(1)              # single tokens of this size only lose time to threads
+    parent = predecessor(args, data, warm_start, train_bc, "--action-space", args.action_space)
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
                         "sft-* run")
-    agent.min_p = args.min_p
     for row in sum(task.splits.values(), []):       # a bad one is named now, not when it is reached
         agent.encoder.check(row)
     stage = f"rl-{task.name}-{args.algo}-{args.action_space}-s{args.seed}"
-    run = Run(args, folder_of(args, stage, args.name), agent, identity, parent)
+    run = Run(args, folder_of(args, stage, args.name), agent, data, parent)
     if run.finished:
         return
     modules = agent.train_only("policy")
-    splits = tasks.chosen_splits(task, args.splits, args.eval_prompts)
+    splits = choose_splits(task, args.splits, args.eval_prompts)
     n_prompts, modes = sum(map(len, splits.values())), {"greedy": (0.0, 1),
                                                         "sampled": (args.temperature, 4)}
     answers = args.steps * args.prompts * args.group_size
     more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
     say(f"answers to be judged in all: {answers}{more} in training, "
-        f"{2 * tasks.n_answers(splits, modes)} in the evaluation before and after")
+        f"{2 * n_prompts * 5} in the evaluation before and after")
     # The start, and the KL's reference.
     initial = copy.deepcopy(agent.policy).requires_grad_(False) if args.beta or splits else None
     reference = initial if args.beta else None
@@ -513,26 +466,23 @@ def main(argv=None):
                  "reward": None if reward.isnan() else reward.item()}
                 for text, reward in zip(groups[0]["texts"], groups[0]["rewards"])])
         run.save(step + 1, state)
-    entries = {}
     if splits:
         say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
+        answers = {}
         for name, policy in (("before", initial), ("after", agent.policy)):
             agent.policy = policy
-            _, predictions = tasks.evaluate(agent.eval(), task, splits, args.seed,
-                                            args.tokens_at_once, modes)
-            first = next(iter(splits.values()))[0]
-            _, traced = tasks.trace(agent, first, task.max_new_tokens)
-            entries[name] = {"predictions": predictions, "trace": traced}
-        before, after = (entry["predictions"] for entry in entries.values())
-        run.report("reward", tasks.gain_table(task, before, after))
-        say(f"one prompt ({first['id']}): {before[0]['prompt'][-1]['content']}",
+            _, answers[name] = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once,
+                                        modes)
+        before, after = answers["before"], answers["after"]
+        gains = gain_table(task, before, after)
+        run.report("reward", gains)
+        say(f"one prompt ({before[0]['id']}): {before[0]['prompt'][-1]['content']}",
             f"before: {before[0]['answers'][0]}", f"after: {after[0]['answers'][0]}",
             f"reference: {before[0]['reference']}", sep="\n  ")
+        if rank() == 0:
+            write_page(run.folder / "report.html", task, run.folder.name, {"reward": gains}, answers,
+                       run.folder / "log.jsonl")
     run.finish(**modules)
-    if rank() == 0:
-        entries.setdefault("after", {"predictions": []}).update(
-            log=tasks.read_log(run.folder), idm=tasks.idm_shares(parent))
-        tasks.write_page(run.folder / "report.html", tasks.page(task, run.folder.name, entries))
     say(f"next: python eval.py {run.folder} --chat, or with other runs and --report page.html to "
         "compare them")
 

@@ -74,32 +74,33 @@ def negative_entropy(logits: Tensor) -> Tensor:
     return (logps.exp() * logps).sum(-1)
 
 
-def inverse_losses(agent: Agent, batch: Batch, states: Tensor, noise: Tensor) -> tuple:
-    """Per labelled position: cross-entropy of x_{t+1}, sum_k p log p, and the code, (K,) each.
+def inverse_losses(agent: Agent, batch: Batch, states: Tensor,
+                   noise: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms of L_inverse, summed over the positions that `inverse_masks` marks:
+    {"inverse_paired", "inverse_text"}; and what the log says of them: cross-entropies of x_{t+1},
+    entropy of the codes, how often each was chosen (|C|,).
 
     states (B, M, d) detached; noise (B, M, |C|) Gumbel.
     """
-    where, targets = batch.labelled()
+    where, targets = batch.labelled()                                       # (B, M - 1), (K,)
     with agent.autocast():
         logits = agent.idm_logits(states)[where].float()                    # (K, |C|)
         choice = straight_through(logits, noise[:, :-1][where])
         c = choice @ agent.codebook.weight                                  # (K, d)
-        logps = agent.world_logprobs(states[:, :-1][where], c, targets)
-    return -logps, negative_entropy(logits), choice.argmax(-1).detach()
-
-
-def inverse_loss(ce: Tensor, neg_entropy: Tensor, paired: Tensor,
-                 counts: dict[str, float]) -> Tensor:
-    """L_inverse: CE on paired rows + CE on text-only rows, each a mean over its own tokens, with
-    the entropy term. ce, neg_entropy (K,), paired (K,) bool, counts of `inverse_masks`."""
-    n = torch.where(paired, counts["ce_paired"], counts["ce_text"])
-    return ((ce + ENTROPY * neg_entropy) / n).sum()
+        ce = -agent.world_logprobs(states[:, :-1][where], c, targets)       # (K,)
+    neg_entropy = negative_entropy(logits)                                  # (K,)
+    paired = batch.has_image[:, None].expand_as(where)[where]               # (K,) bool
+    term = ce + ENTROPY * neg_entropy
+    losses = {"inverse_paired": term[paired].sum(), "inverse_text": term[~paired].sum()}
+    figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
+               "entropy": -neg_entropy.sum(), "codes": choice.detach().sum(0)}
+    return losses, figures
 
 
 def inverse_masks(batches: list[Batch]) -> dict[str, list[Tensor]]:
     """Labelled positions of rows with and without image, (rows, M) bool a batch."""
-    return {"ce_paired": [batch.predicts[batch.has_image] for batch in batches],
-            "ce_text": [batch.predicts[~batch.has_image] for batch in batches]}
+    return {"inverse_paired": [batch.predicts[batch.has_image] for batch in batches],
+            "inverse_text": [batch.predicts[~batch.has_image] for batch in batches]}
 
 
 @torch.no_grad()
@@ -169,24 +170,17 @@ def main(argv=None):
                 states = agent.project(e, batch.has_image)
             noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), args.codes,
                                  args.seed, "idm", step).to(agent.device)
-            ce, neg_entropy, codes = inverse_losses(agent, batch, states, noise)
-            paired = ~batch.text_only[:, :-1][batch.labelled()[0]]
-            loss = inverse_loss(ce, neg_entropy, paired, counts)
-            figures = {"ce_paired": ce[paired].sum(), "ce_text": ce[~paired].sum(),
-                       "entropy": -neg_entropy.sum(),
-                       "codes": torch.bincount(codes, minlength=args.codes)}
+            losses, figures = inverse_losses(agent, batch, states, noise)
             if parent:
-                projected = projector_losses(agent, batch, e, cycle="cycle" not in args.without)
-                loss = loss + sum(projected[name] / counts[name] for name in projected)
-                figures |= projected
-            loss.backward()
-            for name, value in figures.items():
+                losses |= projector_losses(agent, batch, e, cycle="cycle" not in args.without)
+            sum(losses[name] / counts[name] for name in losses).backward()
+            for name, value in (losses | figures).items():
                 totals[name] += value.detach()
         lr = args.lr * cosine(step, args.steps, warmup=0.1, floor=0.1)
         norm = optimizer_step(run, optimizers, [lr] * len(optimizers), row_ids)
         totals = all_sum(totals)
-        figures = {"ce_paired": totals["ce_paired"] / counts["ce_paired"],
-                   "ce_text": totals["ce_text"] / counts["ce_text"],
+        figures = {"ce_paired": totals["ce_paired"] / counts["inverse_paired"],
+                   "ce_text": totals["ce_text"] / counts["inverse_text"],
                    "entropy": totals["entropy"] / max(1.0, totals["codes"].sum().item())}
         if parent:
             for name in ("loss_paired", "loss_cycle"):

@@ -48,7 +48,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import (Agent, UserError, count, format_table, gather, init_distributed,
+from model import (Agent, Group, UserError, count, format_table, gather, init_distributed,
                    key_seed, launch, open_image, pack, positive, rank, read_config, read_rows,
                    rollout, say, table_cells, world_size, write_text)
 from train_projector import DIMENSIONS, MINI_TOKENS, MINI_VERSION, common_length, mini_splits
@@ -821,23 +821,18 @@ MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a 
 
 
 def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
-             seed: int, tokens_at_once: int) -> dict[int, dict]:
-    """n answers to every row's prompt, this rank's share of the rows: row's number -> its texts,
-    the first answer's tokens and codes. Seeds are keyed by row: no batch split matters."""
+             seed: int, tokens_at_once: int) -> dict[int, Group]:
+    """n answers to every row's prompt, this rank's share of the rows: row's number -> its group.
+    Seeds are keyed by row: no batch split matters."""
     mine = range(rank(), len(rows), world_size())
     prompts = {r: agent.encoder.encode(rows[r], prompt=True) for r in mine}
-    order, answers = sorted(mine, key=lambda r: len(prompts[r]), reverse=True), {}
-    decode = agent.encoder.tokenizer.decode
+    order, groups = sorted(mine, key=lambda r: len(prompts[r]), reverse=True), {}
     for part in pack([prompts[r] for r in order], n, max_new_tokens, tokens_at_once):
-        places = [order[i] for i in part]
-        seeds = [key_seed(seed, "eval", rows[r]["id"]) for r in places]
-        out = rollout(agent, [prompts[r] for r in places], n, max_new_tokens, temperature, seeds)
-        for k, r in enumerate(places):
-            first = out.mask[k * n]
-            answers[r] = {"texts": out.texts[k * n:(k + 1) * n],
-                          "tokens": [decode([x]) for x in out.tokens[k * n, first].tolist()],
-                          "codes": out.actions[k * n, first].tolist()}
-    return answers
+        chosen = [order[i] for i in part]
+        seeds = [key_seed(seed, "eval", rows[r]["id"]) for r in chosen]
+        groups |= zip(chosen, rollout(agent, [prompts[r] for r in chosen], n, max_new_tokens,
+                                      temperature, seeds))
+    return groups
 
 
 def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
@@ -845,25 +840,26 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
     """Generate and judge: a table "split mode" -> figures (`summarise`), and one prediction a
     prompt and mode, with the tokens and in latent space the codes of its first answer. Failed
     judgements are left out and counted. Ranks share prompts and the judge's calls."""
-    table, predictions = {}, []
+    table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
     for split, rows in splits.items():
         for mode, (temperature, n) in modes.items():
-            answers = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
-                               tokens_at_once)
+            groups = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
+                              tokens_at_once)
             judged_rows, texts = [], []
-            for r, answer in answers.items():
+            for r, group in groups.items():
                 judged_rows += [rows[r]] * n
-                texts += answer["texts"]
+                texts += group.texts
             replies, part = task.judge(judged_rows, texts), {}
-            for k, (r, answer) in enumerate(answers.items()):
-                row = rows[r]
+            for k, (r, group) in enumerate(groups.items()):
+                row, first = rows[r], group.mask[0]
                 part[r] = {"id": row["id"], "split": split, "mode": mode,
                            "prompt": row["messages"][:-1], "reference": row["reference"],
-                           "answers": answer["texts"], "replies": replies[k * n:(k + 1) * n]}
+                           "answers": group.texts, "replies": replies[k * n:(k + 1) * n]}
                 if n > 1:
-                    part[r]["diversity"] = diversity(mean_states(agent, answer["texts"]))
+                    part[r]["diversity"] = diversity(mean_states(agent, group.texts))
                 if agent.space == "latent":
-                    part[r] |= {"tokens": answer["tokens"], "codes": answer["codes"]}
+                    part[r]["tokens"] = [decode([x]) for x in group.tokens[0, first].tolist()]
+                    part[r]["codes"] = group.actions[0, first].tolist()
             part = gather(part)
             part = [part[r] for r in range(len(rows))]
             table[f"{split} {mode}"] = summarise(task, part)
@@ -1001,12 +997,12 @@ def talk(agent: Agent, args):
             except UserError as error:          # a literal special token: say it otherwise
                 say(f"({error})")
                 continue
-            out = rollout(agent, [prompt], 1, args.max_new_tokens or 256, args.temperature or 0.0,
-                          [args.seed])
-            messages = [*row["messages"], {"role": "assistant", "content": out.texts[0]}]
-            say(f"agent: {out.texts[0]}")
+            group, = rollout(agent, [prompt], 1, args.max_new_tokens or 256,
+                             args.temperature or 0.0, [args.seed])
+            messages = [*row["messages"], {"role": "assistant", "content": group.texts[0]}]
+            say(f"agent: {group.texts[0]}")
             if args.show_codes:
-                for token, code, p in zip(out.tokens[0], out.actions[0], out.logps[0].exp()):
+                for token, code, p in zip(group.tokens[0], group.actions[0], group.logps[0].exp()):
                     say(f"  {code:>5} {p:.2f}  {agent.encoder.tokenizer.decode([token])!r}")
 
 

@@ -6,7 +6,7 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     modules     CausalStack (inverse dynamics, policy), WorldModel, Projector with its GaussianMap;
                 the codebook is an nn.Embedding (Agent.make); then what losses share
     Agent       the backbone and these modules: `states`, `next_token_logits`, loading, `chat`
-    rollouts    `prefill` and `decode` of a group of answers; `replay` of answers from kept states
+    rollouts    `rollout` of a group of answers; `replay` of them from the states it kept
     data        dialogue rows -> token tensors with explicit 3-D positions; resumable streams
     runtime     ranks, flags, predecessors, run folders, exact checkpoints, errors for people
 
@@ -424,9 +424,12 @@ class Agent(nn.Module):
                 cast(module, self.dtype)
         return {name: getattr(self, name) for name in names}
 
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        return self.backbone.model.language_model.embed_tokens(ids)
+
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, d): token embeddings with the image features in their places."""
-        x = self.backbone.model.language_model.embed_tokens(batch.ids)
+        x = self.embed_tokens(batch.ids)
         if batch.pixels is not None:
             x = x.masked_scatter((batch.ids == self.encoder.image_token)[..., None],
                                  self.image_features(batch).to(x.dtype))
@@ -495,6 +498,28 @@ class Agent(nn.Module):
         x = self.world(states, self.codebook(actions)).to(states.dtype)
         return self.backbone.lm_head(x).float() + self.token_bias
 
+    def policy_inputs(self, batch: Batch, cache=None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the policy reads of P prompts: inputs (P, L, d), their positions (3, P, L), and
+        which are real (P, L). States at plain text positions; in token space the inputs of its
+        first layer, at the backbone's own positions."""
+        if self.space == "token":
+            inputs = self.trunk(self.embed(batch), batch.positions, cache)
+            return inputs, batch.positions, text_positions(batch.ids) < batch.lengths[:, None]
+        states = self.project(self.embeddings(batch, cache), batch.has_image)
+        return states, text_positions(states).expand(3, -1, -1), batch.real
+
+    def action_logits(self, h: Tensor, policy: CausalStack | None = None) -> Tensor:
+        """Normed hidden states (..., d) -> fp32 logits of the actions (..., n) under the agent's
+        policy or another."""
+        logits = (policy or self.policy).head(h).float()
+        return logits + self.token_bias if self.space == "token" else logits
+
+    def next_tokens(self, s: Tensor, actions: Tensor) -> Tensor:
+        """x_{t+1} of states (N, d) and actions (N,): (N,)."""
+        if self.space == "token":
+            return actions
+        return self.next_token_logits(s, actions).argmax(-1)
+
     def world_logprobs(self, s: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         """log f_world(x_{t+1} | s_t, c_t): states, code vectors (K, d), targets (K,) -> (K,)."""
         with self.autocast():
@@ -525,8 +550,9 @@ class Agent(nn.Module):
         if image is not None and not any("<image>" in m["content"] for m in messages):
             messages[-1] = {"role": "user", "content": "<image>" + message}
         row = {"id": "chat", "messages": messages, "images": [] if image is None else [image]}
-        return rollout(self, [self.encoder.encode(row, prompt=True)], 1, max_new_tokens,
-                       temperature, [seed]).texts[0]
+        group, = rollout(self, [self.encoder.encode(row, prompt=True)], 1, max_new_tokens,
+                         temperature, [seed])
+        return group.texts[0]
 
 
 # ---- Rollouts --------------------------------------------------------------------------------
@@ -585,140 +611,101 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return actions, logps.gather(1, actions[:, None])[:, 0]
 
 
-def prefill(actor: Agent, batch: Batch) -> tuple[tuple[KVCache, KVCache], dict, dict]:
-    """The frozen trunk and the policy over each of P prompts, once for all its answers.
-
-    The policy's inputs are states at plain text positions, or in token space the input of its first
-    layer at the backbone's own positions. A batch with ids (P, T) -> the caches of the trunk (T
-    tokens) and of the policy (L inputs); what decoding goes on from, "s" (P, d) the policy's last
-    input, "h" (P, d) what its head reads there, "has_image" (P,), "position" and "policy_position"
-    (P,) of the first answer token in either; and the prompt as a `Rollout` keeps it.
-    """
-    prompts = torch.arange(len(batch.ids), device=batch.ids.device)
-    real = text_positions(batch.ids) < batch.lengths[:, None]
-    cache = KVCache(real)
-    if actor.space == "token":
-        inputs = actor.trunk(actor.embed(batch), batch.positions, cache)
-        positions, policy_real = batch.positions, real
-    else:
-        inputs = actor.project(actor.embeddings(batch, cache), batch.has_image)
-        positions, policy_real = text_positions(inputs).expand(3, -1, -1), batch.real
-    last, policy_cache = policy_real.sum(1) - 1, KVCache(policy_real)
-    h = actor.policy.hidden(inputs, positions, policy_cache)
-    # A prompt ends in text, whose three positions are one.
-    rows = {"s": inputs[prompts, last], "h": h[prompts, last], "has_image": batch.has_image,
-            "position": batch.positions[0, prompts, batch.lengths - 1] + 1,
-            "policy_position": positions[0, prompts, last] + 1}
-    return (cache, policy_cache), rows, {"prompt": inputs, "prompt_positions": positions,
-                                         "prompt_mask": text_positions(inputs) < last[:, None]}
-
-
-def decode(actor: Agent, caches: tuple[KVCache, KVCache], rows: dict[str, Tensor], group: int,
-           uniform: Tensor, temperature: float, check_every: int) -> tuple[Tensor, ...]:
-    """Answer all prompts, `group` times each, a token at a time: a_t ~ pi(. | s_1..s_t), then
-    x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
-
-    caches and rows are those of `prefill`; uniform (N, T) in [0, 1) fixes the draws. Finished
-    answers leave the batch every `check_every` tokens, which is also the loop's only host sync.
-    Returns tokens (N, T), actions (N, T), their log-probs (N, T) and the policy's inputs (N, T, d).
-    """
-    (N, T), device = uniform.shape, uniform.device
-    embed_tokens = actor.backbone.model.language_model.embed_tokens
-    cache, policy_cache = (prompts.expand(group, T) for prompts in caches)
-    rows = {name: x.repeat_interleave(group, 0) for name, x in rows.items()}
-    rows["index"] = torch.arange(N, device=device)
-    h, s = rows.pop("h"), rows.pop("s")                                             # (N, d) each
-    tokens = torch.full((N, T), actor.encoder.pad, device=device)
-    actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=device)
-    inputs = s.new_zeros(N, T, s.shape[-1])
-    stop_ids = actor.encoder.stop_ids.to(device)
-    for t in range(T):
-        logits = actor.policy.head(h).float()
-        if actor.space == "token":
-            logits = logits + actor.token_bias
-        alive = rows["index"]                       # of the outputs: answers still running
-        a, logp = choose(logits, uniform[alive, t], temperature)
-        x = a if actor.space == "token" else actor.next_token_logits(s, a).argmax(-1)
-        tokens[alive, t], actions[alive, t], logps[alive, t], inputs[alive, t] = x, a, logp, s
-        if t + 1 == T:
-            break
-        if (t + 1) % check_every == 0:
-            stopped = torch.isin(tokens[alive, :t + 1], stop_ids).any(1)
-            keep = (~stopped).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) < len(alive):
-                rows, x = {name: value[keep] for name, value in rows.items()}, x[keep]
-                cache.keep(keep)
-                policy_cache.keep(keep)
-        # The next state needs the token alone; earlier keys and values are in the cache.
-        e = actor.trunk(embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache,
-                        cache.mask())
-        s = e if actor.space == "token" else actor.project(e, rows["has_image"])
-        h = actor.policy.hidden(s, (rows["policy_position"] + t)[:, None], policy_cache,
-                                policy_cache.mask())[:, 0]
-        s = s[:, 0]
-    return tokens, actions, logps, inputs
-
-
 @dataclass
-class Rollout:
-    """N = P prompts x G answers of at most T tokens, with all that an update needs.
+class Group:
+    """The G answers to one prompt, of at most T tokens, with all that an update needs.
 
-    `inputs[:, t]` is what the policy read when it took action t (a state, or in token space the
-    input of its first layer): at t = 0 that of the prompt's last token. `prompt` holds those of
-    the whole prompt, padded; `prompt_mask` leaves out its last.
+    What the policy read is kept: states, or in token space the inputs of its first layer.
+    `inputs[:, t]` is what it read when it took action t: at t = 0 that of the prompt's last token.
     """
-    texts: list[str]            # N decoded answers
-    tokens: Tensor              # (N, T) x_{t+1} given action t
-    actions: Tensor             # (N, T)
-    logps: Tensor               # (N, T) log pi(a_t) at the sampling temperature and support
-    mask: Tensor                # (N, T) bool: up to and including the end of turn
-    finished: Tensor            # (N,) bool: ended its turn within max_new_tokens
-    inputs: Tensor              # (N, T, d)
-    positions: Tensor           # (N, T) of the inputs
-    prompt: Tensor              # (P, L, d)
-    prompt_positions: Tensor    # (3, P, L)
-    prompt_mask: Tensor         # (P, L) bool: real, and before the first answer input
-    group: int
-
-    def select(self, prompts: list[int]) -> Rollout:
-        """The rollout of n of its prompts with all their answers, (n * group, T) each."""
-        p = torch.tensor(prompts, device=self.mask.device)
-        n = (p[:, None] * self.group + torch.arange(self.group, device=p.device)).view(-1)
-        return Rollout([self.texts[i] for i in n.tolist()], self.tokens[n], self.actions[n],
-                       self.logps[n], self.mask[n], self.finished[n], self.inputs[n],
-                       self.positions[n], self.prompt[p], self.prompt_positions[:, p],
-                       self.prompt_mask[p], self.group)
+    texts: list[str]            # G decoded answers
+    tokens: Tensor              # (G, T) x_{t+1} given action t
+    actions: Tensor             # (G, T)
+    logps: Tensor               # (G, T) log pi(a_t) at the sampling temperature and support
+    mask: Tensor                # (G, T) bool: up to and including the end of turn
+    finished: Tensor            # (G,) bool: ended its turn within max_new_tokens
+    inputs: Tensor              # (G, T, d)
+    positions: Tensor           # (G, T) of the inputs
+    prompt: Tensor              # (1, L, d) inputs before, all but the prompt's last
+    prompt_positions: Tensor    # (3, 1, L)
+    rewards: Tensor | None = None       # (G,) of the task, once judged; NaN where that failed
 
 
 @torch.no_grad()
 def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: int,
             temperature: float = 1.0, seeds: list[int] | None = None,
-            check_every: int = 4) -> Rollout:
-    """Sample `group` answers to every prompt (section 4), until the end of turn.
+            check_every: int = 4) -> list[Group]:
+    """Sample `group` answers to each of P prompts (section 4), until the end of turn:
+    a_t ~ pi(. | s_1..s_t), x_{t+1} = argmax f_world(s_t, a_t), or in token space x_{t+1} = a_t.
 
     Prompt and image are encoded once and the caches expanded to the group; prompts of different
     lengths stay exact because padded keys are masked and every position is explicit. `seeds`
-    (one a prompt) fix the draws. `temperature` 0 takes the best action. P prompts -> the (N, T)
-    tensors of `Rollout`, N = P * group.
+    (one a prompt) fix the draws. `temperature` 0 takes the best action. Finished answers leave the
+    batch every `check_every` tokens, which is also the loop's only host sync.
     """
-    actor, device, N = agent.acting(), agent.device, len(prompts) * group
-    uniform = torch.stack([torch.rand(group, max_new_tokens, generator=torch.Generator()
-                                      .manual_seed(seed)) for seed in seeds or [0] * len(prompts)])
-    caches, rows, prompt = prefill(actor, actor.encoder.collate(prompts).to(device))
-    tokens, actions, logps, inputs = decode(
-        actor, caches, rows, group, uniform.view(N, -1).to(device), temperature, check_every)
+    agent, T, N = agent.acting(), max_new_tokens, len(prompts) * group
+    draws = []
+    for seed in seeds or [0] * len(prompts):
+        draws.append(torch.rand(group, T, generator=torch.Generator().manual_seed(seed)))
+    uniform = torch.cat(draws).to(agent.device)                                     # (N, T)
 
-    ends = torch.isin(tokens, actor.encoder.stop_ids.to(device))
-    mask = ends.cumsum(1) - ends.int() == 0             # no end stands before the token
-    n, place = int(mask.sum(1).max()), torch.arange(max_new_tokens, device=device)
-    texts = [actor.encoder.tokenizer.decode(row[m & ~e], skip_special_tokens=False)
-             for row, m, e in zip(tokens.cpu(), mask.cpu(), ends.cpu())]
-    # Positions of the policy's inputs: the last prompt token's, then the answer's own.
-    positions = (rows["policy_position"][:, None] - 1 + place[:n]).repeat_interleave(group, 0)
-    return Rollout(texts, tokens[:, :n], actions[:, :n], logps[:, :n], mask[:, :n], ends.any(1),
-                   inputs[:, :n], positions, **prompt, group=group)
+    # Prefill: trunk and policy over each of P prompts, once for all its answers.
+    batch = agent.encoder.collate(prompts).to(agent.device)
+    cache = KVCache(text_positions(batch.ids) < batch.lengths[:, None])
+    inputs, positions, real = agent.policy_inputs(batch, cache)     # (P, L, d), (3, P, L), (P, L)
+    policy_cache = KVCache(real)
+    hidden = agent.policy.hidden(inputs, positions, policy_cache)
+    row, last = torch.arange(len(prompts), device=agent.device), real.sum(1) - 1    # (P,) each
+    start = positions[0, row, last]         # a prompt ends in text, whose three positions are one
+
+    # A row for each of N answers; what leaves the batch with a finished answer stands in `rows`.
+    cache, policy_cache = cache.expand(group, T), policy_cache.expand(group, T)
+    rows = {"position": batch.positions[0, row, batch.lengths - 1] + 1, "policy_position": start + 1,
+            "has_image": batch.has_image, "s": inputs[row, last], "h": hidden[row, last]}
+    rows = {name: x.repeat_interleave(group, 0) for name, x in rows.items()}
+    rows["answer"] = torch.arange(N, device=agent.device)
+    tokens = torch.full((N, T), agent.encoder.pad, device=agent.device)
+    actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=agent.device)
+    read = inputs.new_zeros(N, T, inputs.shape[-1])
+    stop_ids = agent.encoder.stop_ids.to(agent.device)
+    for t in range(T):
+        running, s = rows["answer"], rows["s"]
+        a, logp = choose(agent.action_logits(rows["h"]), uniform[running, t], temperature)
+        x = agent.next_tokens(s, a)
+        tokens[running, t], actions[running, t] = x, a
+        logps[running, t], read[running, t] = logp, s
+        if t + 1 == T:
+            break
+        if (t + 1) % check_every == 0:
+            stopped = torch.isin(tokens[running, :t + 1], stop_ids).any(1)
+            keep = (~stopped).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) < len(running):
+                rows, x = {name: value[keep] for name, value in rows.items()}, x[keep]
+                cache.keep(keep)
+                policy_cache.keep(keep)
+        # The next state needs the token alone; earlier keys and values are in the cache.
+        e = agent.trunk(agent.embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache,
+                        cache.mask())
+        s = agent.project(e, rows["has_image"])                                     # (n, 1, d)
+        h = agent.policy.hidden(s, (rows["policy_position"] + t)[:, None], policy_cache,
+                                policy_cache.mask())
+        rows["s"], rows["h"] = s[:, 0], h[:, 0]
+
+    ends = torch.isin(tokens, stop_ids)
+    mask, groups = ends.cumsum(1) - ends.int() == 0, []     # no end stands before the token
+    for p in range(len(prompts)):
+        own = slice(p * group, (p + 1) * group)
+        n, L = int(mask[own].sum(1).max()), int(last[p])
+        texts = []
+        for ids, told in zip(tokens[own].cpu(), (mask & ~ends)[own].cpu()):
+            texts.append(agent.encoder.tokenizer.decode(ids[told], skip_special_tokens=False))
+        places = (start[p] + torch.arange(n, device=agent.device)).expand(group, -1)
+        groups.append(Group(texts, tokens[own, :n], actions[own, :n], logps[own, :n],
+                            mask[own, :n], ends[own].any(1), read[own, :n], places,
+                            inputs[p:p + 1, :L], positions[:, p:p + 1, :L]))
+    return groups
 
 
 def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list[list[int]]:
@@ -733,23 +720,22 @@ def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list
     return parts
 
 
-def replay(policy: CausalStack, r: Rollout) -> Tensor:
-    """The policy's normed hidden states at every answer position, from kept inputs: (N, T, d).
+def replay(policy: CausalStack, group: Group) -> Tensor:
+    """The policy's normed hidden states at every answer position, from what it read: (G, T, d).
 
-    Each layer passes over the prompts once, with gradient if enabled, and its keys and values are
-    expanded to the group's answers. Equals the rollout's own incremental pass (tested).
+    Each layer passes over the prompt once, with gradient if enabled, and its keys and values are
+    expanded to the answers. Equals the rollout's own incremental pass (tested).
     """
-    T = r.inputs.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=r.inputs.device).tril()
-    before = r.prompt_mask.repeat_interleave(r.group, 0)[:, None].expand(-1, T, -1)
-    mask = torch.cat([before, causal.expand(len(before), -1, -1)], -1)[:, None]
+    (G, T, _), L = group.inputs.shape, group.prompt.shape[1]
+    mask = torch.ones(T, L + T, dtype=torch.bool, device=group.inputs.device).tril(L)
 
     def both(layer, prompt, x):
         cache = transformers.DynamicCache()     # a KVCache writes in place: no gradient passes
-        prompt = run_layers([layer], prompt, policy.rotary, r.prompt_positions, cache)
-        cache.batch_repeat_interleave(r.group)
-        return prompt, run_layers([layer], x, policy.rotary, r.positions, cache, mask)
-    prompt, x = r.prompt, r.inputs
+        prompt = run_layers([layer], prompt, policy.rotary, group.prompt_positions, cache)
+        cache.batch_repeat_interleave(G)
+        return prompt, run_layers([layer], x, policy.rotary, group.positions, cache,
+                                  mask[None, None])
+    prompt, x = group.prompt, group.inputs
     for layer in policy.layers:
         prompt, x = (recomputed(both) if policy.recompute else both)(layer, prompt, x)
     return policy.norm(x.to(policy.norm.weight.dtype))

@@ -19,6 +19,7 @@ masked out of statistics, loss and denominators alike, never scored as 0. Deviat
 
 import argparse
 import copy
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import train_bc
 from eval import (SPLITS, choose_splits, evaluate, gain_table, load_task, task_data, task_flags,
                   write_page)
-from model import (LOGITS_AT_ONCE, Agent, CausalStack, Rollout, Run, UserError, all_sum, code_usage,
+from model import (LOGITS_AT_ONCE, Agent, CausalStack, Group, Run, UserError, all_sum, code_usage,
                    count, fill, folder_of, format_table, gather, in_chunks, key_seed, launch,
                    make_parser, optimizer_step, pack, positive, predecessor, rank, replay, rollout,
                    say, world_size)
@@ -173,18 +174,14 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 # ---- The loss: pure functions ---------------------------------------------------------------
 
 
-def action_logprobs(policy: CausalStack, h: Tensor, actions: Tensor, temperature: float = 1.0,
-                    bias: Tensor | None = None,
+def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tensor,
+                    temperature: float = 1.0,
                     chunk: int = LOGITS_AT_ONCE) -> tuple[Tensor, Tensor]:
-    """Log-prob of each action and entropy of its distribution, in chunks of logits.
-
-    h (K, d) normed hidden states, actions (K,); support (`bias`, (n,)) and temperature are those
-    the actions were sampled with -> (K,) fp32 each.
-    """
+    """Log-prob of each action and entropy of its distribution, in chunks of logits, under the
+    agent's own or the reference policy: h (K, d) normed hidden states, actions (K,), and the
+    temperature they were sampled at -> (K,) fp32 each."""
     def piece(h, actions):
-        logits = policy.head(h).float() / temperature                   # (K, n)
-        if bias is not None:
-            logits = logits + bias
+        logits = agent.action_logits(h, policy) / temperature               # (K, n)
         logps = F.log_softmax(logits, -1)
         entropy = torch.special.entr(logps.exp()).sum(-1)
         return logps.gather(1, actions[:, None])[:, 0], entropy
@@ -236,84 +233,74 @@ class Prompts:
 
     def __init__(self, rows: list[dict], seed: int):
         self.rows, self.seed, self.cursor, self.epoch = rows, seed, 0, None
+        self.varied = False             # have the rewards of any group differed yet?
 
     def state_dict(self) -> dict:
-        return {"cursor": self.cursor}
+        return {"cursor": self.cursor, "varied": self.varied}
 
     def load_state_dict(self, state: dict):
-        self.cursor = state["cursor"]
+        self.cursor, self.varied = state["cursor"], state["varied"]
 
-    def next(self, n: int) -> list[dict]:
-        taken = []
-        for _ in range(n):
-            epoch, place = divmod(self.cursor, len(self.rows))
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, list(range(len(self.rows)))
-                random.Random(key_seed(self.seed, "prompts", epoch)).shuffle(self.order)
-            taken.append(self.rows[self.order[place]])
-            self.cursor += 1
-        return taken
+    def next(self) -> dict:
+        epoch, place = divmod(self.cursor, len(self.rows))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(len(self.rows)))
+            random.Random(key_seed(self.seed, "prompts", epoch)).shuffle(self.order)
+        self.cursor += 1
+        return self.rows[self.order[place]]
 
 
-def play(agent: Agent, task, rows: list[dict], places: list[int], args,
-         key: tuple) -> tuple[list[tuple[Rollout, list[int]]], dict[int, dict]]:
-    """Roll out and judge this rank's share of a round, in parts of --tokens-at-once.
-
-    A place numbers a prompt within the step, over ranks and refills. Returns the rollouts with
-    their prompts' places, and place -> what is known of that group: `rewards` (G,) of the task, NaN
-    where judging failed, `shaped` (G,) with the overlong term, G texts, `lengths` and `finished`
-    (G,), `actions` (n,) how often each was taken, seconds.
-    """
-    prompts = [agent.encoder.encode(row, prompt=True) for row in rows]
-    seeds = [key_seed(*key, place, row["id"]) for place, row in zip(places, rows)]
-    parts, groups, G, began = [], {}, args.group_size, time.time()
+def play(agent: Agent, task, rows: dict[int, dict], args, *key) -> dict[int, Group]:
+    """Roll out and judge this rank's rows, in parts of --tokens-at-once: place -> its group. A
+    place numbers a prompt within the step, over ranks and refills; draws are keyed by it."""
+    places, groups, G = list(rows), {}, args.group_size
+    prompts = [agent.encoder.encode(row, prompt=True) for row in rows.values()]
     for part in pack(prompts, G, task.max_new_tokens, args.tokens_at_once):
-        out = rollout(agent, [prompts[i] for i in part], G, task.max_new_tokens, args.temperature,
-                      [seeds[i] for i in part])
-        parts.append((out, [places[i] for i in part]))
-        for k, i in enumerate(part):
-            answers = slice(k * G, (k + 1) * G)
-            taken = out.actions[answers][out.mask[answers]]
-            groups[places[i]] = {
-                "id": rows[i]["id"], "prompt": rows[i]["messages"][:-1],
-                "texts": out.texts[answers], "lengths": out.mask[answers].sum(1).cpu(),
-                "finished": out.finished[answers].cpu(),
-                "actions": torch.bincount(taken, minlength=agent.policy.head.out_features).cpu()}
-    rolled = time.time()
-    replies = task.judge([row for row in rows for _ in range(G)],
-                         [text for group in groups.values() for text in group["texts"]])
-    judged = torch.tensor([task.reward(reply) for reply in replies]).view(-1, G)
-    for group, rewards in zip(groups.values(), judged):
-        overlong = overlong_punishment(group["lengths"], task.max_new_tokens)
-        group |= {"rewards": rewards,
-                  "shaped": rewards + overlong if "overlong" in args.extras else rewards,
-                  "seconds_rollout": (rolled - began) / len(rows),
-                  "seconds_judge": (time.time() - rolled) / len(rows)}
-    return parts, groups
+        chosen = [places[i] for i in part]
+        seeds = [key_seed(*key, place, rows[place]["id"]) for place in chosen]
+        groups |= zip(chosen, rollout(agent, [prompts[i] for i in part], G, task.max_new_tokens,
+                                      args.temperature, seeds))
+    judged_rows, texts = [], []
+    for place, group in groups.items():
+        judged_rows += [rows[place]] * G
+        texts += group.texts
+    rewards = [task.reward(reply) for reply in task.judge(judged_rows, texts)]
+    for group, row in zip(groups.values(), torch.tensor(rewards).view(-1, G)):
+        group.rewards = row
+    return groups
 
 
-def collect(agent: Agent, task, prompts: Prompts, args, step: int):
-    """The step's rollouts on this rank, all groups of all ranks, and those of them that train.
+def collect(agent: Agent, task, prompts: Prompts, args,
+            step: int) -> tuple[dict[int, Group], dict[int, dict], list[int]]:
+    """The step's groups on this rank by place; what is known of the groups of all ranks, place ->
+    id, prompt, texts, and (G,) rewards, lengths, finished, and how often each action was taken;
+    and the places that train.
 
     Dynamic sampling keeps groups whose task reward (before the overlong term) varies and refills
     up to REFILLS more rounds; the same decision on every rank, surplus groups are cut.
     """
-    dynamic = "dynamic-sampling" in args.extras
-    parts, groups = [], {}
+    dynamic, groups, known = "dynamic-sampling" in args.extras, {}, {}
     for attempt in range(1 + REFILLS * dynamic):
-        rows, played = prompts.next(args.prompts), len(groups)
-        mine = range(rank(), len(rows), world_size())
-        new_parts, new_groups = play(agent, task, [rows[i] for i in mine],
-                                     [played + i for i in mine], args,
-                                     (args.seed, "rl", step, attempt))
-        parts += new_parts
-        groups |= dict(sorted(gather(new_groups).items()))
-        kept = {p: group for p, group in groups.items() if not dynamic or varies(group["rewards"])}
+        rows = {len(known) + i: prompts.next() for i in range(args.prompts)}
+        mine = {place: row for place, row in rows.items() if place % world_size() == rank()}
+        played, facts = play(agent, task, mine, args, args.seed, "rl", step, attempt), {}
+        for place, group in played.items():
+            actions = torch.bincount(group.actions[group.mask],
+                                     minlength=agent.policy.head.out_features)
+            facts[place] = {
+                "id": rows[place]["id"], "prompt": rows[place]["messages"][:-1],
+                "texts": group.texts, "rewards": group.rewards, "actions": actions.cpu(),
+                "lengths": group.mask.sum(1).cpu(), "finished": group.finished.cpu()}
+        groups |= played
+        known |= gather(facts)
+        varied = [place for place in sorted(known) if varies(known[place]["rewards"])]
+        kept = varied if dynamic else sorted(known)
         if len(kept) >= args.prompts:
             break
     if dynamic and len(kept) < args.prompts:
-        say(f"note: step {step}: of {len(groups)} groups {len(kept)} vary, {args.prompts} wanted")
-    return parts, groups, dict(list(kept.items())[:args.prompts])
+        say(f"note: step {step}: of {len(known)} groups {len(kept)} vary, {args.prompts} wanted")
+    prompts.varied |= len(varied) > 0
+    return groups, known, kept[:args.prompts]
 
 
 def varies(rewards: Tensor) -> bool:
@@ -321,96 +308,82 @@ def varies(rewards: Tensor) -> bool:
     return group_moments(rewards[None])[1].item() > 1e-8
 
 
-def training_batches(parts: list[tuple[Rollout, list[int]]], groups: dict[int, dict],
-                     args, bounds) -> list[tuple]:
-    """(rollout, which of its prompts, advantages (N,), loss mask (N, T)) of those of `groups` that
-    lie on this rank, whole: a prompt is one pass of the policy for all its answers."""
-    rewards = torch.stack([group["shaped"] for group in groups.values()])            # (P, G)
-    A, batches = advantages(rewards, args.scale, bounds), []
-    for r, places in parts:
-        some = [i for i, place in enumerate(places) if place in groups]
-        own = [list(groups).index(places[i]) for i in some]
-        judged = ~rewards[own].isnan().to(r.mask.device)                             # (P, G)
-        mask = r.mask.view(len(places), args.group_size, -1)[some] & judged[..., None]
-        batches.append((r, some, A[own].view(-1).to(r.mask.device), mask.flatten(0, 1)))
-    return [batch for batch in batches if batch[-1].any()]
-
-
-def update(agent: Agent, reference, optimizer, lr: float, run: Run, parts, groups: dict[int, dict],
-           args, task) -> dict[str, float]:
-    """An optimiser step on the kept groups for each inner epoch; global figures. Without a token
-    no step and no figures: AdamW's momentum alone would move the policy.
-
-    `parts` and `groups` are those of `play`; K below are a part's loss tokens. Denominators are
-    counted over all ranks before any backward.
-    """
-    bias = agent.token_bias if agent.space == "token" else None
-    totals = dict.fromkeys(("entropy", "kl", "clipped", "tokens", "loss", "distance"), 0.0)
-    batches = training_batches(parts, groups, args, task.bounds) if groups else []
-    own_tokens = sum(int(mask.sum()) for *_, mask in batches)
-    n = all_sum({"sequences": sum(int(mask.any(1).sum()) for *_, mask in batches),
-                 "tokens": own_tokens})
-    if not n["tokens"]:
+def update(agent: Agent, reference: CausalStack | None, optimizer, lr: float, run: Run,
+           groups: dict[int, Group], known: dict[int, dict], kept: list[int], args,
+           task) -> dict[str, float]:
+    """An optimiser step on the kept groups for each inner epoch; global figures. No step, and no
+    figures, without a token or where all advantages are 0 and no KL pulls: AdamW's momentum alone
+    would move the policy. K below are a group's loss tokens."""
+    if not kept:
         return {}
+    rewards = torch.stack([known[place]["rewards"] for place in kept])                  # (P, G)
+    if "overlong" in args.extras:
+        lengths = torch.stack([known[place]["lengths"] for place in kept])
+        rewards = rewards + overlong_punishment(lengths, task.max_new_tokens)
+    A = advantages(rewards, args.scale, task.bounds)                                    # (P, G)
+    parts, tokens, sequences = [], 0, 0             # this rank's: (group, its A, its loss mask)
+    for place, advantage in zip(kept, A):
+        if place in groups:
+            judged = ~groups[place].rewards.isnan()
+            mask = groups[place].mask & judged[:, None].to(agent.device)                # (G, T)
+            parts.append((groups[place], advantage.to(agent.device), mask))
+            tokens, sequences = tokens + int(mask.sum()), sequences + int(mask.any(1).sum())
+    # Denominators over all ranks, before any backward.
+    n = all_sum({"sequences": sequences, "tokens": tokens})
+    if not n["tokens"] or reference is None and not A.any():
+        return {}
+    token_weight = n["tokens"]
     if args.aggregate == "local":
-        n["tokens"] = own_tokens * world_size()         # of a rank without a token it is not read
+        token_weight = max(1, tokens) * world_size()
+    totals = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "ratio_error"), 0.0)
     old = {}
-    for epoch in range(args.inner_epochs):
-        for i, (r, some, A, mask) in enumerate(batches):
-            r = r.select(some)                          # a copy of its states, for this pass alone
+    for _ in range(args.inner_epochs):
+        for i, (group, advantage, mask) in enumerate(parts):
             with agent.autocast():
-                h = replay(agent.policy, r)[mask]                                   # (K, d)
-                logps, entropy = action_logprobs(agent.policy, h, r.actions[mask],      # (K,) each
-                                                 args.temperature, bias)
-            # pi_old is the policy of the first pass, before any step here, so ratios start at 1.
-            old_logps, answer = old.setdefault(i, logps.detach()), mask.nonzero()[:, 0]
-            loss, clipped = surrogate(logps, old_logps, A[answer], *args.clip)
+                h = replay(agent.policy, group)[mask]                                   # (K, d)
+                logps, entropy = action_logprobs(agent, agent.policy, h, group.actions[mask],
+                                                 args.temperature)                      # (K,)
+            old_logps = old.setdefault(i, logps.detach())       # of the first pass: ratio 1
+            answer = mask.nonzero()[:, 0]                                               # (K,)
+            loss, clipped = surrogate(logps, old_logps, advantage[answer], *args.clip)  # (K,)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 with torch.no_grad(), agent.autocast():
-                    ref_logps, _ = action_logprobs(reference, replay(reference, r)[mask],
-                                                   r.actions[mask], args.temperature, bias)
+                    ref_h = replay(reference, group)[mask]
+                    ref_logps, _ = action_logprobs(agent, reference, ref_h, group.actions[mask],
+                                                   args.temperature)
                 kl = k3(logps, ref_logps)
-                loss = loss + args.beta * kl
-            weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], n["tokens"],
-                                    task.max_new_tokens)
-            loss = (loss * weights[answer]).sum()
+            weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], token_weight,
+                                    task.max_new_tokens)                                # (G,)
+            loss = ((loss + args.beta * kl) * weights[answer]).sum()
             loss.backward()
-            distance = (old_logps - r.logps[mask]).abs()
-            figures = {"entropy": entropy, "kl": kl, "tokens": mask, "loss": loss,
-                       "clipped": clipped, "distance": distance}
-            totals |= {name: totals[name] + part.detach().sum() for name, part in figures.items()}
-        norm = optimizer_step(run, [optimizer], [lr], [group["id"] for group in groups.values()])
-    totals = all_sum(totals)
-    mean = {name: total / totals["tokens"] for name, total in totals.items()}
-    kl = {} if reference is None else {"kl": mean["kl"]}
-    return {"loss": totals["loss"] / args.inner_epochs, **kl, "entropy": mean["entropy"],
-            "clip_fraction": mean["clipped"], "grad_norm": norm, "ratio_error": mean["distance"]}
+            totals["loss"] += loss.detach()
+            totals["kl"] += kl.detach().sum() / n["tokens"]
+            totals["entropy"] += entropy.detach().sum() / n["tokens"]
+            totals["clip_fraction"] += clipped.sum() / n["tokens"]
+            totals["ratio_error"] += (old_logps - group.logps[mask]).abs().sum() / n["tokens"]
+        norm = optimizer_step(run, [optimizer], [lr], [known[place]["id"] for place in kept])
+    figures = {name: total / args.inner_epochs for name, total in all_sum(totals).items()}
+    return {**figures, "grad_norm": norm}
 
 
-def refuse_unjudged(step: int, groups: dict[int, dict]):
-    """A judge that fails on most answers says nothing: stop before anything is learnt or logged,
-    so that the same command, once it answers again, gives what an undisturbed run would."""
-    rewards = torch.cat([group["rewards"] for group in groups.values()])
-    failed = int(rewards.isnan().sum())
-    if failed > len(rewards) / 2:
-        raise UserError(f"step {step}: {failed} of {len(rewards)} answers could not be judged; see "
-                        "to the judge, then run the same command again")
-
-
-def step_figures(groups: dict[int, dict], space: str) -> dict[str, float]:
+def step_figures(known: dict[int, dict], space: str) -> dict[str, float]:
     """Reward, variance, length, code and text diversity of all that was rolled out in a step."""
-    def every(name):                                                          # (P, ...)
-        return torch.stack([group[name] for group in groups.values()]).double()
-    rewards, texts = every("rewards"), [group["texts"] for group in groups.values()]
-    judged = rewards[~rewards.isnan()]              # never empty, see `refuse_unjudged`
-    return {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
-            "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
-            "groups_played": len(groups), "judge_failed": rewards.numel() - len(judged),
-            "length": every("lengths").mean().item(),
-            "unfinished": 1 - every("finished").mean().item(),
-            "distinct_answers": sum(len(set(t)) / len(t) for t in texts) / len(texts),
-            **(code_usage(every("actions").sum(0)) if space == "latent" else {})}
+    def stacked(name):                                                          # (P, ...)
+        return torch.stack([group[name] for group in known.values()]).double()
+    rewards, distinct = stacked("rewards"), 0.0
+    judged = rewards[~rewards.isnan()]              # never empty, see `main`
+    for group in known.values():
+        distinct += len(set(group["texts"])) / len(group["texts"])
+    figures = {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
+               "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
+               "groups_played": len(known), "judge_failed": rewards.numel() - len(judged),
+               "length": stacked("lengths").mean().item(),
+               "unfinished": 1 - stacked("finished").mean().item(),
+               "distinct_answers": distinct / len(known)}
+    if space == "latent":
+        figures |= code_usage(stacked("actions").sum(0))
+    return figures
 
 
 def main(argv=None):
@@ -449,23 +422,33 @@ def main(argv=None):
     prompts = Prompts(task.splits["rl"], args.seed)
     state = {**modules, "optimizer": optimizer, "prompts": prompts}
     for step in range(run.resume(state), args.steps):
-        parts, groups, kept = collect(agent, task, prompts, args, step)
-        refuse_unjudged(step, groups)
         began, lr = time.time(), args.lr * min(1.0, (step + 1) / WARMUP)
-        figures = {**step_figures(groups, agent.space), "groups": len(kept)}
-        figures |= update(agent, reference, optimizer, lr, run, parts, kept, args, task)
-        seconds = {name: sum(group[name] for group in groups.values()) / world_size()
-                   for name in ("seconds_rollout", "seconds_judge")}
-        seconds["seconds_update"] = time.time() - began
-        tokens = sum(int(group["lengths"].sum()) for group in groups.values())
-        run.log(step, {**figures, "lr": lr, **seconds, "tokens_per_second":
-                       tokens / sum(seconds.values())}, "reward_mean", "distinct_answers")
+        groups, known, kept = collect(agent, task, prompts, args, step)
+        rewards = torch.cat([group["rewards"] for group in known.values()])
+        failed = int(rewards.isnan().sum())
+        if failed > len(rewards) / 2:           # before anything is learnt or logged of it
+            raise UserError(f"step {step}: {failed} of {len(rewards)} answers could not be judged; "
+                            "see to the judge, then run the same command again")
+        rolled = time.time()
+        figures = step_figures(known, agent.space) | {"groups": len(kept)}
+        figures |= update(agent, reference, optimizer, lr, run, groups, known, kept, args, task)
+        tokens = int(torch.cat([group["lengths"] for group in known.values()]).sum())
+        run.log(step, {**figures, "lr": lr, "seconds_rollout": rolled - began,
+                       "seconds_update": time.time() - rolled,
+                       "tokens_per_second": tokens / (time.time() - began)},
+                "reward_mean", "distinct_answers")
         if (step + 1) % SAMPLE_EVERY == 0:
-            run.append("samples.jsonl", [
-                {"step": step, "prompt": groups[0]["prompt"], "answer": text,
-                 "reward": None if reward.isnan() else reward.item()}
-                for text, reward in zip(groups[0]["texts"], groups[0]["rewards"])])
+            samples = []
+            for text, reward in zip(known[0]["texts"], known[0]["rewards"].tolist()):
+                samples.append({"step": step, "prompt": known[0]["prompt"], "answer": text,
+                                "reward": None if math.isnan(reward) else reward})
+            run.append("samples.jsonl", samples)
         run.save(step + 1, state)
+    if args.steps and not prompts.varied:
+        error = UserError(f"{run.folder}: nothing was learnt: in no group did the answers differ in "
+                          "reward; the weights are those it started from")
+        error.status = 3
+        raise error
     if splits:
         say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
         answers = {}

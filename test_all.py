@@ -64,9 +64,16 @@ import train_rl
 from model import (Agent, CausalStack, Encoder, GaussianMap, Projector, Stream, UserError,
                    WorldModel, choose, replay, rollout, token_logprobs)
 from train_idm import keyed_gumbel
-from train_rl import action_statistics
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_hard_exit(monkeypatch):
+    """`launch` ends a process that failed at once; here the test goes on."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("KIT_SHARED_DATA", HERE.parent / "shared" / "data"))
 needs_shared = pytest.mark.skipif(not (SHARED / "mmrole").exists(), reason="shared data absent")
@@ -180,22 +187,6 @@ def test_atomic_leaves_the_old_file_when_the_disk_is_full(tmp_path, write_):
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_no_file_is_trusted_and_no_code_is_fetched(tmp_path):
-    """A checkpoint that is a pickle with an action is refused, and the action not taken."""
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "sprung",)
-    run = fresh_run(tmp_path)
-    for saved in ({"step": Trap()}, {"step": 1}, [3]):
-        torch.save(saved, run.folder / "state/last.pt")
-        with pytest.raises(UserError, match="last.pt: is not a checkpoint of this run.*--fresh"):
-            run.resume({"m": nn.Linear(2, 1)})
-    assert not (tmp_path / "sprung").exists()       # fails without weights_only
-    for file in HERE.glob("*.py"):
-        code = file.read_text()
-        assert "trust_remote" + "_code" not in code and "import pick" + "le" not in code
-        loads = re.findall(r"torch\.load\(.*", code)
-        assert all("weights_only=True" in line for line in loads if file.name[:5] != "test_")
 
 
 @pytest.mark.parametrize("error,status,line", [
@@ -219,46 +210,8 @@ def test_a_mistake_outside_the_code_ends_with_one_line(capsys, error, status, li
         kit.launch(main)
 
 
-def test_flags_are_checked_and_defaults_follow_the_model_and_stage(capsys):
-    for argv in (["--nonsense"], ["--ste", "3"], ["--steps", "-1"], ["--steps", "1.5"],
-                 ["--lr", "0"], ["--lr", "x"], ["--lr", "nan"], ["--lr", "inf"],
-                 ["--device", "tpu"], ["--batch-tokens", "0"], ["--paired-steps", "-4"]):
-        with pytest.raises(SystemExit) as end:
-            parsed(stage1, *argv)
-        assert end.value.code == 2
-    for argv, kind in ((["--stage", "bc"], "bc"), (["--action-space", "token"], "token")):
-        for more, scale in (([], "tiny"), (["--model", "a/b"], "full")):
-            filled = vars(parsed(train_bc, *argv, *more))
-            wanted = kit.STRUCTURE[scale] | train_bc.DEFAULTS[kind][scale]
-            assert wanted == {name: filled[name] for name in wanted}
-    args = parsed(train_bc, "--lr", "0.5", "--codes", "3", "--batch-tokens", "99")
-    assert (args.lr, args.codes, args.batch_tokens, args.image_tokens) == (0.5, 3, 99, "4")
-    assert parsed(train_bc, "--model", "a/b").image_tokens == "256"
-    for value in ("9", "280x420"):
-        assert parsed(stage1, "--image-tokens", value).image_tokens == value
-    for value in ("0", "-3", "1.5", "x", "9x", "x9", "9x0", "280X420", "1x2x3", "9 "):
-        with pytest.raises(SystemExit):
-            parsed(stage1, "--image-tokens", value)
-        assert f"{value} is neither a number nor HEIGHTxWIDTH" in capsys.readouterr().err
 
 
-def test_one_model_folder_has_one_run_folder_and_a_missing_one_is_said(tmp_path, monkeypatch):
-    for name in ("here/m", "there/m", "here/tiny"):
-        (tmp_path / name).mkdir(parents=True)
-    def of(path):
-        args = parsed(stage1, "--model", path)
-        return args.model, kit.model_root(args)
-    monkeypatch.chdir(tmp_path / "here")
-    whole = str(tmp_path / "here/m")
-    same = {of(path) for path in ("m", "./m", "m/", "../here/m", "../there/../here/m", whole)}
-    assert {model for model, _ in same} == {whole} and len(same) == 1   # fails if kept relative
-    assert of("../there/m")[1] not in {root for _, root in same}
-    assert of("tiny") == ("tiny", Path("runs/tiny")) and of("org/x")[0] == "org/x"
-    monkeypatch.chdir(tmp_path / "there")           # the same word, another folder
-    assert of("m")[0] == str(tmp_path / "there/m")
-    for path in ("./n", "../n", str(tmp_path / "n")):
-        with pytest.raises(UserError, match="--model .*n: no such folder"):
-            of(path)
 
 
 def float_or_text(cell):
@@ -333,43 +286,8 @@ def test_a_predecessor_runs_as_the_user_would_run_it_alone(tmp_path, fixed, mode
     assert vars(parsed(train_bc, *argv)) == vars(parsed(train_bc, *common, *fixed))
 
 
-def test_an_unfinished_predecessor_goes_on_as_it_was_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
-    args, calls = parsed(train_idm, "--run-root", str(tmp_path), "--seed", "3"), []
-    def seed_given():
-        kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
-        return parsed(stage1, *calls.pop()).seed
-    assert seed_given() == 3
-    for seed in (7, 0):                             # 0 is the default: no flag says it
-        run = fresh_run(tmp_path, "--seed", str(seed), "--fresh")
-        assert seed_given() == 3                    # without a checkpoint nothing is kept
-        run.resume({})
-        run.save(1, {})
-        assert seed_given() == seed
-    fresh_run(tmp_path, "--lr", "0.5", "--steps", "7", "--fresh").resume({})
-    kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
-    assert "--lr" not in calls.pop()                # nothing to lose: nothing is kept
-    run = fresh_run(tmp_path, "--lr", "0.5", "--steps", "7")
-    run.resume({})
-    run.save(7, {})
-    kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
-    given = parsed(stage1, *calls.pop())
-    assert (given.lr, given.steps) == (0.5, 7)
 
 
-def test_an_unfinished_warm_start_keeps_its_judge_and_its_parent(tmp_path, monkeypatch):
-    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
-    own = ["--judge-url", "http://old/v1", "--judge-model", "j", "--parent",
-           str(finished(tmp_path / "else", module=train_bc)), "--batch-tokens", "99"]
-    run, calls = fresh_run(tmp_path, *own, "--seed", "7", module=train_bc), []
-    run.resume({})
-    run.save(1, {})
-    args = parsed(train_rl, "--run-root", str(tmp_path), "--judge-url", "http://new/v1")
-    kit.predecessor(args, own_identity(args), "run", script(train_bc, calls))
-    given = parsed(train_bc, *calls.pop())          # fails if --parent or the judge is dropped
-    assert ["--judge-url", given.judge_url, "--judge-model", given.judge_model, "--parent",
-            given.parent, "--batch-tokens", str(given.batch_tokens)] == own
-    assert (given.seed, given.steps) == (7, 9)
 
 
 def finish(run, **modules) -> Path:
@@ -383,33 +301,6 @@ def finished(root, *flags, **more) -> Path:
     return finish(fresh_run(root, *flags, "--fresh", **more), m=nn.Linear(1, 1))
 
 
-def test_a_finished_predecessor_must_be_of_the_same_data_and_structure(tmp_path, capsys):
-    rows, other, demo = (write(tmp_path / f"{name}.jsonl", text_rows(n)) for n, name in
-                         enumerate(("rows", "other", "demo"), 2))
-    def start(*flags):
-        args = parsed(train_rl, "--run-root", str(tmp_path), *flags)
-        return kit.predecessor(args, own_identity(args), "run", script(train_bc, []))
-    data, different = (["--paired", file, "--without", "text"] for file in (rows, other))
-    folder = finished(tmp_path, *data, "--seed", "5", "--lr", "0.5", module=train_bc)
-    assert start(*data, "--seed", "3") == folder    # steps, learning rate and seed are its own
-    parent = ["--parent", str(folder)]
-    assert start(*data, *parent) == folder and "another task" not in capsys.readouterr().out
-    assert start(*data, *parent, "--task", demo) == folder      # by --parent only, and it is said
-    assert re.search("run-without-text is of another task .mini.* -> demo",
-                     capsys.readouterr().out)
-    for flags, pattern in (
-            (different, "paired: .'rows.* -> .'other"),
-            (["--without", "text"], "paired: .* -> mini"),
-            ([*data, "--task", demo], "task: mini .* -> demo"),
-            ([*different, *parent], "paired"), ([*data, *parent, "--codes", "5"], "codes: 3 -> 5"),
-            ([*data, *parent, "--without", "cycle"], "without: ..text.. -> ..cycle., .text"),
-            ([*data, *parent, "--without", "cycle", "--task", demo], "without: ..text.. -> ..cy")):
-        with pytest.raises(UserError, match=rf"trained otherwise \({pattern}.*-root.*--parent"):
-            start(*flags)
-    with pytest.raises(UserError, match="--parent .*absent: no finished run there"):
-        start(*data, "--parent", str(tmp_path / "absent"))
-    plain = finished(tmp_path / "plain", *data)     # of no task, like bc: it fits every task
-    assert start(*data, "--task", demo, "--parent", str(plain)) == plain
 
 
 def test_folders_of_variants_never_collide():
@@ -449,45 +340,8 @@ def small_loop(root, *flags, start=0, stop=None):
                         for row in log]
 
 
-def test_a_run_that_was_cut_goes_on_exactly(tmp_path, monkeypatch):
-    _, whole, log = small_loop(tmp_path / "whole")
-    assert [row["step"] for row in log] == list(range(9)) and log[0]["third"] == 0.3333333
-    assert [row["skipped"] for row in log] == [0] + [1] * 8 and log[1]["norm"] is None
-    assert (tmp_path / "whole/tiny/run/state/last.pt").exists()     # after the last step, always
-    small_loop(tmp_path / "rare", stop=4)           # saved once a minute: not yet
-    assert not (tmp_path / "rare/tiny/run/state/last.pt").exists()
-    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
-    small_loop(tmp_path / "cut", stop=4)
-    saved = torch.load(tmp_path / "cut/tiny/run/state/last.pt", weights_only=True)
-    assert set(saved["state"]["m"]) == {"weight", "bias"}       # what is frozen is not kept
-    # Neither what it starts from nor where it runs matters, and rows after the checkpoint go.
-    flags = ["--device", "cpu", "--tokens-at-once", "9"]
-    run, again, continued = small_loop(tmp_path / "cut", *flags, start=1)
-    assert continued == log and run.skipped_all == 1
-    assert torch.equal(again.weight, whole.weight)  # fails if the optimiser's state is not loaded
-    samples = (run.folder / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in samples] == list(range(9))
-    assert run.taken == 8                           # of both halves, the skipped step not counted
-    small_loop(tmp_path / "rare", "--lr", "0.5")    # without a checkpoint nothing is lost
-    assert len((tmp_path / "rare/tiny/run/log.jsonl").read_text().splitlines()) == 9
 
 
-def test_logs_are_on_disk_before_the_checkpoint_and_never_lengthened(tmp_path, monkeypatch):
-    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
-    synced, fsync = [], os.fsync
-    def counting(fd):
-        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
-        fsync(fd)
-    monkeypatch.setattr(os, "fsync", counting)
-    small_loop(tmp_path, stop=4)
-    order = [name for name in synced if name in (*kit.LOGS, ".last.pt.tmp")]
-    assert order == [*kit.LOGS, ".last.pt.tmp"] * 4     # fails if what it counts may be lost
-    log = tmp_path / "tiny/run/log.jsonl"
-    rows = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join(rows[:2]))             # as after a power cut
-    small_loop(tmp_path)
-    steps = [json.loads(line)["step"] for line in log.read_bytes().splitlines()]
-    assert steps == [0, 1, *range(4, 9)] and b"\0" not in log.read_bytes()
 
 
 def flipped(data: bytes, rng) -> bytes:
@@ -495,235 +349,24 @@ def flipped(data: bytes, rng) -> bytes:
     return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
 
 
-def test_a_flipped_bit_or_a_missing_tensor_of_a_checkpoint_is_noticed(tmp_path):
-    run, layer = fresh_run(tmp_path), nn.Linear(64, 64)
-    path, rng, noticed = run.folder / "state/last.pt", random.Random(0), 0
-    run.resume({})
-    run.save(9, {"m": layer})
-    good, want = path.read_bytes(), copy.deepcopy(layer.state_dict())
-    for _ in range(60):
-        path.write_bytes(flipped(good, rng))
-        try:
-            step = run.resume({"m": layer})
-        except UserError as error:
-            assert re.search("last.pt: is not a checkpoint of this run.*--fresh", str(error))
-            noticed += 1
-            continue
-        assert step == 9                            # padding between the records, a date
-        for name, value in layer.state_dict().items():
-            assert torch.equal(value, want[name])   # fails without the archive's checksums
-    assert noticed >= 50
-    path.write_bytes(good)
-    saved = torch.load(path, weights_only=True)
-    for state in ({}, {"m": {"weight": want["weight"]}}, {"m": [3]}, {"m": want | {"more": 1}}):
-        torch.save({**saved, "state": state}, path)
-        with pytest.raises(UserError, match="last.pt: is not a checkpoint of this run.*--fresh"):
-            run.resume({"m": layer})
 
 
-def test_a_run_without_an_optimiser_step_is_no_finished_run(tmp_path):
-    run = fresh_run(tmp_path)
-    with pytest.raises(UserError, match="run: no optimiser step was taken") as error:
-        run.finish(m=nn.Linear(1, 1))
-    assert error.value.status == 3 and not (run.folder / "model.safetensors").exists()
-    layer = nn.Linear(1, 1)
-    for value in (math.nan, 1.0):                   # a step that was skipped is none
-        assert run.taken == 0
-        (layer(torch.ones(1, 1)) * value).sum().backward()
-        kit.optimizer_step(run, [torch.optim.SGD(layer.parameters())], [0.1], [])
-    run.finish(m=layer)
-    assert (run.folder / "model.safetensors").exists()
-    start = fresh_run(tmp_path, "--steps", "0", stage="start")          # asked for: the base's row
-    assert list(range(start.resume({"m": layer}), start.steps)) == []
-    start.finish(m=layer)
-    assert (start.folder / "model.safetensors").exists()
 
 
-def test_an_interrupted_start_goes_on_with_the_same_command(tmp_path):
-    """Ended between the lock and config.json, or within it; without a checkpoint nothing is lost,
-    so other arguments are taken too."""
-    folder = tmp_path / "tiny/run"
-    for left in ((), (".config.json.tmp",), ("config.json",)):
-        (folder / "state").mkdir(parents=True)
-        for name in ("state/lock", *left):
-            (folder / name).write_text("")
-        run = fresh_run(tmp_path, "--lr", "0.5")
-        assert not run.finished and run.resume({}) == 0
-        assert kit.read_config(folder)["args"]["lr"] == 0.5
-        fresh_run(tmp_path, "--lr", "0.25")
-        assert kit.read_config(folder)["args"]["lr"] == 0.25
-        shutil.rmtree(folder)
-    for name in ("file", "tiny/file"):              # a file where a folder should be
-        (tmp_path / "tiny").mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    for start in (lambda: fresh_run(tmp_path / "file"),
-                  lambda: fresh_run(tmp_path, stage="file"),
-                  lambda: kit.Agent.from_run(tmp_path / "file")):
-        with pytest.raises((UserError, OSError)):
-            start()
 
 
-@pytest.mark.parametrize("wrong", [{"args": {}}, {"parent": 7}], ids=str)
-def test_a_config_of_valid_form_and_wrong_content_is_refused(tmp_path, wrong):
-    qwen_folder(tmp_path / "tiny/base", shard="9GB")
-    folder = finished(tmp_path)
-    config = kit.read_config(folder)
-    (folder / "config.json").write_text(json.dumps({**config, **wrong}))
-    with pytest.raises(UserError, match="config.json"):
-        Agent.from_run(folder, "cpu")
 
 
-def test_run_folder_finishes_and_refuses_other_arguments(tmp_path, capsys):
-    rows = write(tmp_path / "rows.jsonl", text_rows(9))
-    data = ["--paired", rows, "--text", rows]
-    run, layer, _ = small_loop(tmp_path, *data)
-    config = run.folder / "config.json"
-    def refused(pattern, *flags, **more):
-        with pytest.raises(UserError, match=rf"other arguments \({pattern}\); --name.*--fresh"):
-            fresh_run(tmp_path, *flags, **more)
-    def refuses():
-        refused("lr: 0.002 -> 0.5, steps: 9 -> 8", *data, "--lr", "0.5", "--steps", "8")
-        refused("paired: .*rows.* -> mini.*, text: .*rows.* -> mini.*")
-        write(tmp_path / "rows.jsonl", text_rows(8))            # the same name, other rows
-        refused("paired: .*rows.jsonl.* -> .*rows.jsonl.*", *data)
-        write(tmp_path / "rows.jsonl", text_rows(9))
-        other = SimpleNamespace(base_hash="c", space="latent", dtype=torch.half,
-                                device=torch.device("cpu"))
-        refused("base: b -> c, dtype: float32 -> float16", *data, agent=other)
-        refused("parent_sha256: None -> .*", *data, parent=finished(tmp_path, stage="other"))
-    refuses()
-    config.write_text(re.sub(r'"git": (null|"[^"]*")', '"git": "0ld"', config.read_text()))
-    (tmp_path / "moved").mkdir()                    # where the same rows lie changes no weight
-    fresh_run(tmp_path, "--text", rows, "--paired", shutil.copy(rows, tmp_path / "moved"))
-    assert "was started at commit 0ld, now it is" in capsys.readouterr().out
-    run.report("one", {"a": {"x": 1.0}})
-    run.report("two", {"b": {"y": 0.123456}})
-    assert "0.1235" in capsys.readouterr().out      # tables are shown to 4 digits, kept in full
-    run.finish(m=layer)
-    report = json.loads((run.folder / "report.json").read_text())
-    assert report == {"one": {"a": {"x": 1.0}}, "two": {"b": {"y": 0.123456}}}
-    assert fresh_run(tmp_path, *data).finished and not (run.folder / "state").exists()
-    assert "is finished" in capsys.readouterr().out
-    weights = run.folder / "model.safetensors"
-    assert set(load_file(weights)) == {"m.weight", "m.bias"}
-    assert kit.read_config(run.folder)["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    refuses()
-    assert not fresh_run(tmp_path, "--lr", "0.5", "--fresh").finished
-    assert sorted(f.name for f in run.folder.iterdir()) == ["config.json", "state"]
-    small_loop(tmp_path, "--lr", "0.5")
-    for damaged in ("", "{}", "[]", "7"):
-        config.write_text(damaged)
-        with pytest.raises(UserError, match="config.json cannot be used .*--fresh"):
-            fresh_run(tmp_path, "--lr", "0.5")
-    config.unlink()
-    with pytest.raises(UserError, match="config.json cannot be used .*--fresh"):
-        fresh_run(tmp_path, "--lr", "0.5")
 
 
-def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n"
-                               f"import {__name__} as tests, pathlib, time\n"
-                               "run = tests.fresh_run(pathlib.Path(sys.argv[2]))\n"
-                               "print('held', flush=True); time.sleep(60)", HERE, tmp_path],
-                              stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    for flags in ([], ["--fresh"]):                 # --fresh deletes nothing of the other's
-        with pytest.raises(UserError, match="another process is working on this run"):
-            fresh_run(tmp_path, *flags)
-    calls = []
-    for seed in "01":                               # fails with "started with other arguments"
-        args = parsed(train_idm, "--run-root", str(tmp_path), "--seed", seed)
-        with pytest.raises(UserError, match="another process is working on this run"):
-            kit.predecessor(args, own_identity(args), "run", script(stage1, calls))
-    assert (tmp_path / "tiny/run/config.json").exists() and not calls
-    holder.kill()
-    holder.wait()
-    fresh_run(tmp_path)                             # the lock dies with its process
 
 
-def test_only_another_process_is_called_another_process(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(kit.fcntl, "lockf", full)
-    with pytest.raises(OSError, match="No space left"):         # fails if any error is taken for it
-        fresh_run(tmp_path)
 
 
-def test_non_finite_steps_are_skipped_and_ten_stop(tmp_path):
-    run, layer = fresh_run(tmp_path), nn.Linear(2, 1)
-    optimizer, before = torch.optim.SGD(layer.parameters(), lr=9.0), layer.weight.clone()
-    with pytest.raises(UserError, match="ten non-finite.*row-7"):      # fails at twelve
-        for _ in range(10):
-            (layer(torch.ones(1, 2)) * math.nan).sum().backward()
-            kit.optimizer_step(run, [optimizer], [1.0], ["row-7"])
-    assert torch.equal(layer.weight, before) and run.skipped == run.skipped_all == 10
-    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 4.0]]), torch.zeros(1)
-    close(kit.optimizer_step(run, [optimizer], [1.0], []), 5.0)
-    close(before - layer.weight, torch.tensor([[0.6, 0.8]]))    # fails if the clip is dropped
-    assert run.skipped == 0 and run.skipped_all == 10 and layer.weight.grad is None
-    assert run.taken == 1
-    other = nn.Linear(1, 1)                         # of two, both wait if one is not finite
-    for p, value in ((layer.weight, 1.0), (layer.bias, 1.0), (other.weight, math.inf)):
-        p.grad = torch.full_like(p, value)
-    before, second = layer.weight.clone(), torch.optim.SGD(other.parameters(), lr=9.0)
-    kit.optimizer_step(run, [optimizer, second], [1.0, 1.0], [])
-    assert torch.equal(layer.weight, before) and other.weight.isfinite().all()
 
 
-def test_a_finished_runs_weights_are_checked_when_they_are_loaded(tmp_path):
-    agent = copy.deepcopy(tiny_agent())
-    shake(agent.projector, 0.1, 1)
-    one = fresh_run(tmp_path, stage="one", agent=agent)
-    finish(one, projector=agent.projector.requires_grad_(True), idm=agent.idm)  # frozen
-    two = fresh_run(tmp_path, stage="two", agent=agent, parent=one.folder)
-    finish(two, world=shake(agent.world, 0.1, 2).requires_grad_(True))
-    def load(folder=two.folder, **more):
-        return with_modules(copy.deepcopy(tiny_agent()), **more).load_run(folder)
-    got = load()
-    for name in ("projector", "world", "idm"):      # the parent's, the run's own, nobody's
-        for a, b in zip(getattr(got, name).parameters(), getattr(agent, name).parameters()):
-            assert torch.equal(a, b) and not a.requires_grad
-    assert set(load_file(one.folder / "model.safetensors")) == {
-        f"projector.{name}" for name in agent.projector.state_dict()}
-    with pytest.raises(UserError, match="(?s)two.model.safetensors: world does not fit.*--fresh"):
-        load(world=WorldModel(64, 8))
-    for folder in (one.folder, two.folder):
-        weights, rng = folder / "model.safetensors", random.Random(0)
-        good = weights.read_bytes()
-        for _ in range(5):
-            weights.write_bytes(flipped(good, rng))
-            with pytest.raises(UserError, match=f"{folder.name}/model.saf.*: is not what its run"):
-                load()
-        weights.write_bytes(good)
-    other = copy.deepcopy(tiny_agent())
-    other.base_hash, other.structure["base"] = "other", "x"
-    with pytest.raises(UserError, match="one: was trained on another base .*--model x; redo.*"):
-        other.load_run(two.folder)
-    one = fresh_run(tmp_path, "--fresh", stage="one", agent=agent)
-    finish(one, projector=shake(agent.projector, 0.1, 3))
-    with pytest.raises(UserError, match="two: was trained on an earlier one.*--fresh"):
-        load()
-    for value in (math.nan, math.inf):
-        agent.projector.P.mlp[0].weight.data[1, 2] = value
-        one = fresh_run(tmp_path, "--fresh", stage="one", agent=agent)
-        finish(one, projector=agent.projector)
-        with pytest.raises(UserError, match="one/model.safetensors: holds weights .* not finite"):
-            load(one.folder)
 
 
-def test_one_flipped_bit_of_the_embedded_base_is_noticed(tmp_path):
-    base, _ = qwen_folder(tmp_path / "tiny/base", shard="9GB")
-    args = parsed(stage1, "--run-root", str(tmp_path), "--device", "cpu")
-    folder = finished(tmp_path, agent=Agent.from_base(args))
-    (folder / "model.safetensors").write_bytes(b"")             # looked at last
-    with pytest.raises(UserError, match="is not what its run finished with"):
-        Agent.from_base(args).load_run(folder)
-    weights = tmp_path / "tiny/base/model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-7] ^= 1                                   # fails if only first values are looked at
-    weights.write_bytes(data)
-    with pytest.raises(UserError, match="was trained on another base model"):
-        Agent.from_base(args).load_run(folder)
 
 
 def one_of_two_ranks(rank, folder):
@@ -771,8 +414,6 @@ def one_of_two_ranks(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_gradients_figures_and_the_judges_calls_are_shared_over_ranks(tmp_path):
-    torch.multiprocessing.start_processes(one_of_two_ranks, (tmp_path,), 2, start_method="fork")
 
 
 def torchrun_worker(port, attempt, rank, folder):
@@ -798,41 +439,8 @@ def torchrun_worker(port, attempt, rank, folder):
     kit.launch(main)
 
 
-def test_ranks_meet_again_after_a_restart_share_batches_and_end_at_once(tmp_path):
-    """torchrun --max-restarts: its store is the same for all attempts. Two ranks train on one
-    rank's batches, and a rank that fails does not wait for the other's thread."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context, deadline = torch.multiprocessing.get_context("fork"), time.time() + 30
-    for attempt in "012":
-        workers = [context.Process(target=torchrun_worker, args=(str(store.port), attempt, rank,
-                                                                 tmp_path)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(max(0, deadline - time.time()))
-        codes = [worker.exitcode for worker in workers]
-        for worker in workers:
-            worker.kill()
-        assert attempt < "2" or codes == [2, 2]     # None: it hangs
-    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    whole = take(stream(text_rows(21)), 12)
-    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
-    assert all(sum(parts[r], []) for r in range(2))
 
 
-def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
-    worker = (f"import sys, os, time; sys.path.insert(0, {str(HERE)!r}); import model\n"
-              "from types import SimpleNamespace as args\n"
-              "os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost',"
-              " MASTER_PORT='0')\nmodel.init_distributed(args(device='cpu'))\n"
-              "print('up', flush=True); time.sleep(99)")
-    parent = subprocess.Popen(["bash", "-c", '"$0" -c "$1"; true', sys.executable, worker],
-                              stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"up\n"
-    parent.kill()
-    parent.wait()
-    began = time.time()
-    assert parent.stdout.read() == b"" and time.time() - began < 30     # its end of the pipe closed
 
 
 # ---- model.py: data --------------------------------------------------------------------------
@@ -917,67 +525,13 @@ def text_rows(n):
 FORMS = ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz")
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_read_rows_from_every_position(tmp_path, name):
-    file = write(tmp_path / name, text_rows(5))
-    every = list(kit.read_rows(file))
-    assert [r["id"] for r, _ in every] == [r["id"] for r in text_rows(5)]
-    for k, (_, position) in enumerate(every):       # fails if off by one row
-        assert list(kit.read_rows(file, None, position)) == every[k + 1:]
-    if "jsonl" in name:                             # empty lines count as lines, and are no rows
-        lines = [json.dumps(r) for r in text_rows(3)]
-        (tmp_path / "b.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]))
-        every = list(kit.read_rows(str(tmp_path / "b.jsonl")))
-        assert [position[1] for _, position in every] == [1, 3, 4]
-        assert every[2][0]["where"].endswith("b.jsonl:4")
-        assert list(kit.read_rows(str(tmp_path / "b.jsonl"), None, every[0][1])) == every[1:]
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_row_without_an_id_is_named_by_list_place_and_line_not_by_its_path(tmp_path, name):
-    """Seeds and noise are keyed by it, so they depend on where no file lies."""
-    def ids(*folders):
-        for folder in folders:
-            (tmp_path / folder).mkdir(exist_ok=True)
-        files = [write(tmp_path / f / name, [{"text": f"yes {i}"} for i in range(3)])
-                 for f in folders]
-        s, found = stream(files), []
-        while len(found) < 3 * len(files):
-            found += sum(take(s, 1), [])
-        return sorted(found)
-    assert ids("one", "two") == [f"{place}/{name}:{n}" for place in (0, 1) for n in (1, 2, 3)]
-    assert ids("three", "four") == ids("one", "two")
-    assert ids("one") == [f"0/{name}:{n}" for n in (1, 2, 3)]
-    file = write(tmp_path / name, [asks(id=None), asks(id=0), asks(id=["x"])])
-    assert [r["id"] for r, _ in kit.read_rows(file)] == [f"0/{name}:1", "0", "['x']"]
 
 
 GZIPPED = gzip.compress(b'{"text": "a"}\n' * 99)
 
 
-@pytest.mark.parametrize("name,data,pattern", [
-    ("f.jsonl", b'{"text": "a"}\n\n{"text": \n', "f.jsonl:3"),
-    ("f.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "f.jsonl:2"),
-    ("f.jsonl", b'{"text": "\xff"}\n', "f.jsonl:1"),
-    ("f.jsonl", b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "f.jsonl:1"),
-    ("f.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n", "f.jsonl:1"),
-    ("f.json", b"[" * 5000, "f.json: cannot be read as JSON"),
-    ("f.json", b'\xef\xbb\xbf [{"text": "a"}, {"no": 1}]', "f.json: row 2"),
-    ("f.json", b'[{"text": "a"}', "f.json: cannot be read as JSON"),
-    ("f.jsonl.gz", GZIPPED[:-12], "f.jsonl.gz"), ("f.jsonl.gz", GZIPPED[:5], "f.jsonl.gz"),
-    ("f.jsonl.gz", GZIPPED[:-8] + b"12345678", "f.jsonl.gz"), ("f.jsonl.gz", b"x", "f.jsonl.gz"),
-    ("f.jsonl.gz", GZIPPED[:10] + b"\x07" + GZIPPED[11:], "f.jsonl.gz"),
-    ("f.jsonl", None, "f.jsonl")], ids=range(14))
-def test_unreadable_files_are_named_with_their_line(tmp_path, name, data, pattern):
-    file = str(tmp_path / name)
-    if data:
-        (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=pattern) as error:
-        list(kit.read_rows(file))
-    assert len(str(error.value)) < 200 + len(file)
-    with pytest.raises((UserError, OSError)):       # launch() makes one line of both
-        for _ in range(2):
-            stream([file]).next()
 
 
 def test_bad_images_are_named_and_refused(tmp_path):
@@ -1015,31 +569,8 @@ def encoder_of(image_tokens=None):
     return Encoder(agent.encoder.tokenizer, processor, agent.backbone, image_tokens)
 
 
-@pytest.mark.parametrize("tokens", [16, 64, 256])
-def test_pictures_keep_their_shape_within_the_budget(tokens):
-    encoder = encoder_of(str(tokens))
-    for width, height in ((4000, 3000), (3000, 4000), (640, 480), (100, 75), (1600, 400),
-                          (300, 1000), (28, 28), (9, 7), (420, 280)):
-        _, h, w = encoder.grid(Image.new("L", (width, height)), "x")
-        assert h * w // 4 <= tokens and h % 2 == w % 2 == 0
-        scale = min(max(1, math.sqrt(4 * 784 / width / height)),
-                    math.sqrt(tokens * 784 / width / height))
-        assert abs(14 * h - height * scale) <= 28 and abs(14 * w - width * scale) <= 28
-        assert h * w * 196 > scale ** 2 * width * height / 2            # nor is it wasted
-        for value, grid in (("280x420", (1, 20, 30)), ("420x280", (1, 30, 20))):
-            assert encoder_of(value).grid(Image.new("L", (width, height)), "x") == grid
-    e = encoder_of("280x420").encode(row("<image>", None, [picture(90, 50)]))
-    assert (e.ids == tiny_agent().encoder.image_token).sum() == 150     # the release's
 
 
-@pytest.mark.parametrize("size", [(200, 100), (30, 50), (56, 56), (333, 77)])
-def test_pixels_equal_the_processors_own(size):
-    encoder, image = encoder_of("64"), picture(*size)
-    (e,) = [encoder.encode(row("<image>", None, [image]))]
-    want = encoder.processor(images=[image], return_tensors="pt",
-                             size={"shortest_edge": 3136, "longest_edge": 64 * 784})
-    assert torch.equal(e.grids, want["image_grid_thw"])
-    close(encoder.pixels(e), want["pixel_values"])
 
 
 def seen(image):
@@ -1053,99 +584,14 @@ TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANS
           6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_pictures_stand_upright(tmp_path, kind):
-    """As cameras store them, lying on their side with a note in EXIF."""
-    upright, file = Image.new("RGB", (112, 56)), tmp_path / "photo"
-    for n, colour in enumerate(("red", "green", "blue", "white")):
-        upright.paste(colour, (n % 2 * 56, n // 2 * 28, n % 2 * 56 + 56, n // 2 * 28 + 28))
-    grid, pixels = seen(upright)
-    for orientation in range(10):                   # 0 and 9 mean nothing
-        lying, exif = upright, Image.Exif()
-        if orientation in TURNED:
-            lying = upright.transpose(Image.Transpose[TURNED[orientation]])
-        exif[274] = orientation
-        lying.save(file, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else
-                                             {"quality": 100, "subsampling": 0} if kind == "JPEG"
-                                             else {}))
-        assert seen(file)[0] == grid                # fails if only the pixels are turned
-        close(seen(file)[1], pixels, 0.05)
 
 
-def test_sixteen_bit_pictures_keep_their_greys(tmp_path):
-    greys = (np.arange(56 * 56).reshape(56, 56) * 20).astype(np.uint16)
-    want = seen(Image.fromarray((greys / 257).astype(np.uint8)))[1]
-    for kind, values in (("PNG", greys), ("TIFF", greys), ("TIFF", greys.astype(np.int32))):
-        Image.fromarray(values).save(tmp_path / "scan", kind)
-        got = seen(tmp_path / "scan")[1]
-        close(got, want, 0.02)                      # fails if all above 255 is white
-        assert got.std() > 0.3
-    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK"):          # all others are made RGB too
-        assert seen(picture().convert(mode))[1].shape == want.shape
 
 
-def test_a_huge_jpeg_is_decoded_small_and_headers_are_read_alone(tmp_path, monkeypatch):
-    Image.new("RGB", (8000, 8000), "red").save(tmp_path / "huge.jpg")
-    picture(300, 200).save(tmp_path / "plain.png")
-    sizes, loads, resize, load = [], [], Image.Image.resize, PngImagePlugin.PngImageFile.load
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: sizes.append(self.size)
-                        or resize(self, *a, **k))
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: loads.append(1)
-                        or load(self))
-    grid, pixels = seen(tmp_path / "huge.jpg")
-    assert grid == [[1, 16, 16]] and pixels.std(0).max() < 1e-3
-    assert sizes == [(1000, 1000)]                  # 64 megapixels are never held
-    encoder = encoder_of("64")
-    e = encoder.encode(row("<image>", None, [str(tmp_path / "plain.png")]))
-    assert not loads                                # fails if a row's pictures are decoded twice
-    encoder.pixels(e)
-    assert loads
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_pictures_are_used_or_refused(tmp_path):
-    rng, exif, seeds, refused = random.Random(0), Image.Exif(), [], 0
-    exif[274], exif[305] = 6, "kit"
-    for kind in ("PNG", "JPEG"):
-        for more in ({}, {"exif": exif}):
-            data = io.BytesIO()
-            picture(40, 30).save(data, kind, **more)
-            seeds.append(data.getvalue())
-    encoder = tiny_agent().encoder
-    for n in range(100):
-        data = bytearray(seeds[n % 4])
-        for _ in range(rng.choice((1, 1, 3, 9))):
-            at = rng.randrange(min(len(data), rng.choice((90, 90, len(data)))))
-            data[at] = rng.choice((data[at] ^ 1 << rng.randrange(8), rng.randrange(256)))
-        if n % 5 == 0:
-            del data[rng.randrange(len(data)):]
-        (tmp_path / "x").write_bytes(data)
-        try:
-            encoder.collate([encoder.encode(row("<image>?", "Yes.", [str(tmp_path / "x")]))])
-        except UserError as error:
-            refused += 1
-            assert len(str(error)) < 400
-    assert 20 < refused < 80
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entries", [               # tag, type, count and value: 274 is orientation
-    [(274, 2, 4, b"abc\0")], [(274, 3, 2, b"\6\0\6\0")], [(274, 4, 1, b"\xff" * 4)],
-    [(274, 7, 4, b"\6\0\0\0")], [(274, 12, 1, b"\xff" * 4)],
-    *([(274, 3, 1, b"\6\0\0\0"), other] for other in (
-        (305, 5, 1, b"\0" * 4), (305, 11, 1, b"kit\0"), (282, 1, 1, b"kit\0"),
-        (282, 6, 1, b"\xff" * 4), (531, 4, 1, b"kit\0")))], ids=str)
-def test_a_damaged_note_in_exif_is_passed_over_or_named(tmp_path, entries):
-    tiff = b"II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + b"".join(
-        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value
-        for tag, kind, n, value in entries) + b"\0" * 4
-    notes = (tiff, tiff[:9], b"XX" + tiff[2:], b"MO\0*" + tiff[4:], tiff[:4] + b"\xff" * 4)
-    for note, kind in itertools.product(notes, ("JPEG", "WEBP", "PNG")):
-        picture(40, 30).save(tmp_path / "x.jpg", kind, exif=b"Exif\0\0" + note)
-        try:
-            seen(tmp_path / "x.jpg")
-        except UserError as error:                  # fails if what PIL raises is anything else
-            assert "x.jpg" in str(error)
 
 
 JUNK = [None, True, 0, -1, 1e308, "", "x", "\0", "\ud800", "<image>", "<|im_end|>", "None", [], {},
@@ -1326,88 +772,14 @@ class CountingTokenizer:
         return Encoder(self, tiny_agent().encoder.processor, tiny_agent().backbone)
 
 
-@pytest.mark.parametrize("name", [*FORMS, None])
-def test_stream_covers_an_epoch_and_resumes_at_the_exact_row(tmp_path, name):
-    source = [write(tmp_path / name, text_rows(21))] if name else text_rows(21)
-    first = rows_taken(stream(source), 21)          # blocks end with the pass
-    assert sorted(first) == sorted(r["id"] for r in text_rows(21))          # each row once
-    one, cursors, batches = stream(source), [], []
-    for _ in range(12):
-        cursors.append(copy.deepcopy(one.state_dict()))
-        batches += take(one, 1)
-        settle()                                    # the next batch is ready: not in the cursor
-        assert one.state_dict() != cursors[-1]
-    for k in (0, 1, 4, 9):                          # fails if the cursor misses block or epoch
-        again = stream(source)
-        take(again, 2)                              # fails if what it had read is kept
-        again.load_state_dict(cursors[k])
-        assert take(again, 12 - k) == batches[k:]
-    assert len({str(take(stream(source, seed=s), 1)) for s in range(4)}) > 1
-    assert all(sum(map(len, stream(source).next())) <= 150 for _ in range(3))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", None])
-def test_each_row_is_tokenised_once_a_pass_and_ahead_of_its_step(tmp_path, name):
-    source, tokenizer = text_rows(21), CountingTokenizer()
-    s = stream([write(tmp_path / name, source)] if name else source, tokenizer.encoder())
-    for passes in (1, 2, 3):
-        rows_taken(s, 21)
-        settle()                                    # a block of 7 rows is ready beyond the pass
-        counts = Counter(tokenizer.texts)
-        assert len(counts) == 21 and sum(counts.values()) == (21 * passes + 7 if name else 21)
-        assert set(counts.values()) == ({passes, passes + 1} if name else {1})
-    n = len(tokenizer.texts)
-    s.next()                                        # fails if collating tokenises anew
-    assert len(tokenizer.texts) == n
 
 
-def test_pictures_are_decoded_ahead_and_order_does_not_depend_on_the_thread(tmp_path):
-    source = [row("<image>?", "No. " * (i % 5), [picture(56, 28, i)], f"p{i}") for i in range(12)]
-    got = stream(source).next()
-    for e in got:
-        assert torch.equal(e.pixels, tiny_agent().encoder.pixels(e))
-    assert all(e.pixels is None for e in stream(text_rows(3)).next())
-    assert tiny_agent().encoder.collate(got).pixels.shape[0] == sum(len(e.pixels) for e in got)
-    alone = [take(stream(text_rows(21), seed=k), 9) for k in (1, 2)]
-    two = [stream(text_rows(21), CountingTokenizer(0.002).encoder(), seed=k) for k in (1, 2)]
-    turns = [take(s, 1)[0] for _ in range(9) for s in two]      # one thread for both
-    assert turns[::2] == alone[0] and turns[1::2] == alone[1]
 
 
-def test_a_cursor_is_taken_while_the_next_batch_is_in_the_making(tmp_path):
-    """Fails if loading a cursor does not wait for the thread that is reading on."""
-    file = write(tmp_path / "a.jsonl", text_rows(21))
-    whole = take(stream([file]), 12)
-    for k in range(1, 6):
-        s = stream([file], CountingTokenizer(0.003).encoder())
-        start = s.state_dict()
-        take(s, k)
-        middle = s.state_dict()                     # the thread may be anywhere by now
-        s.load_state_dict(start)
-        assert take(s, 3) == whole[:3]
-        s.load_state_dict(middle)
-        assert take(s, 3) == whole[k:k + 3]
 
 
-def test_a_mistake_met_ahead_is_told_at_its_own_step(tmp_path):
-    """A picture that is gone stops the step that needs it, and the steps before it are saved."""
-    rows = [row("<image>?", "Yes. " * (i % 4 + 1), [str(tmp_path / f"{i}.png")], f"p{i}")
-            for i in range(12)]
-    for i in range(12):
-        picture(56, 28, i).save(tmp_path / f"{i}.png")
-    order = take(stream(rows), 4)
-    os.truncate(tmp_path / f"{order[2][0][1:]}.png", 60)
-    s = stream(rows)
-    assert take(s, 2) == order[:2]
-    cursor = s.state_dict()
-    for _ in range(2):
-        with pytest.raises(UserError, match=f"row {order[2][0]}"):
-            s.next()
-    assert s.state_dict() == cursor
-    picture(56, 28, int(order[2][0][1:])).save(tmp_path / f"{order[2][0][1:]}.png")
-    again = stream(rows)
-    again.load_state_dict(cursor)
-    assert take(again, 2) == order[2:]
 
 
 # Several files.
@@ -1423,158 +795,27 @@ def counted(ids):
     return Counter(i[0] for i in ids)
 
 
-@pytest.mark.parametrize("name", ["{}.jsonl", "{}.json.gz"])
-def test_files_are_interleaved_in_proportion_and_held_out_from_each(tmp_path, name):
-    sizes = {"a": 10, "b": 20, "c": 30, "d": 60}
-    files = files_of(tmp_path, sizes, name)
-    first = rows_taken(stream(files, block=30), 120)
-    assert sorted(first) == sorted(f"{k}{i}" for k, n in sizes.items() for i in range(n))
-    for quarter in range(4):                        # fails if one file is read after the other
-        part = counted(first[30 * quarter:30 * quarter + 30])
-        assert all(abs(part[k] - n / 4) <= 1 for k, n in sizes.items())
-    held = stream(files, block=30, hold_out=16)
-    assert counted(e.id for e in held.held_out) == {"a": 1, "b": 2, "c": 3, "d": 4}
-    kept = {e.id for e in held.held_out}
-    assert not kept & set(sum(take(held, 60), []))  # in no pass
 
 
-def test_files_are_interleaved_by_weight_if_asked(tmp_path):
-    a, b = files_of(tmp_path, {"a": 10, "b": 50})
-    ids = sum(take(stream([f"{a}=3", f"{b}=1"], block=12), 40), [])[:60]
-    assert counted(ids) == {"a": 45, "b": 15}       # the smaller file is read several times
-    odd = write(tmp_path / "x=2", text_rows(4))     # a file's own name comes first
-    assert {i[0] for i in sum(take(stream([odd]), 3), [])} == {"t"}
-    for weight in ("abc", "", "nan", "-1", "inf"):
-        with pytest.raises(UserError, match="a.jsonl"):
-            stream([f"{a}={weight}", b]).next()
-    with pytest.raises((UserError, OSError), match="missing"):
-        stream([f"{tmp_path}/missing.jsonl=2"])
 
 
-@pytest.mark.parametrize("weights", [("", "", "", ""), ("=1", "=2", "=1", "=5")], ids=str)
-def test_an_interleaved_stream_resumes_at_the_exact_row(tmp_path, weights):
-    sizes = {"a": 3, "b": 11, "c": 17, "d": 40}
-    files = [f + w for f, w in zip(files_of(tmp_path, sizes), weights)]
-    one, cursors, batches = stream(files, hold_out=4), [], []
-    for _ in range(24):
-        torch.save(one.state_dict(), tmp_path / "cursor")       # as a checkpoint keeps it
-        cursors.append(torch.load(tmp_path / "cursor", weights_only=True))
-        batches += take(one, 1)
-    assert len({str(c["positions"]) for c in cursors}) > 3
-    for k in range(0, 24, 5):
-        again = stream(files, hold_out=4)
-        again.load_state_dict(cursors[k])
-        assert take(again, 24 - k) == batches[k:]
-    with pytest.raises(ValueError):                 # of other files: Run.resume says it
-        stream(files[:2]).load_state_dict(cursors[3])
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_large_files_rows_are_estimated_and_a_small_ones_counted(tmp_path, name):
-    file = write(tmp_path / name, [{"text": f"{i} " + "yes " * 150} for i in range(4000)])
-    assert kit.count_rows(file) == pytest.approx(4000, rel=0.2)     # 2.5 MB
-    assert kit.count_rows(write(tmp_path / name, text_rows(7))) == 7
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_no_file_is_read_anew_for_every_block(tmp_path, monkeypatch, name):
-    file, calls = write(tmp_path / name, text_rows(40)), Counter()
-    for module, function in ((json, "load"), (gzip, "open")):
-        def counting(*a, _of=getattr(module, function), _name=function, **k):
-            calls[_name] += 1
-            return _of(*a, **k)
-        monkeypatch.setattr(module, function, counting)
-    s = stream([file])
-    for passes in (1, 2, 3):                        # of five blocks each
-        rows_taken(s, 40)
-        settle()
-        assert calls["load"] <= ("json" in name.split(".")) * (passes + 2)
-        assert calls["open"] <= (name.endswith("gz")) * (passes + 3)
 
 
 # Rows left out.
 
 
-def test_stream_cuts_over_long_rows_at_a_message_boundary_and_holds_out(capsys):
-    roles = ("user", "assistant", "user", "assistant")
-    turns = [{"role": role, "content": c} for role, c in
-             zip(roles, ("hi", "yo", "<image>more", "never " * 50))]
-    huge = {"id": "gone", "images": [], "messages": [{"role": "user", "content": "x " * 99}]}
-    (got,) = stream([{"id": "cut", "images": [picture()], "messages": turns}, huge]).next()
-    (want,) = examples([{"id": "cut", "images": [], "messages": turns[:2]}])
-    assert torch.equal(got.ids, want.ids) and got.images == []
-    assert "1 rows left out: row gone: over 60 tokens" in capsys.readouterr().out
-    same = stream([{**r, "id": "same"} for r in text_rows(3)]).next()   # fails if cached by id
-    assert len({tuple(e.ids.tolist()) for e in same}) == 3
-    s = stream(text_rows(21), hold_out=3)           # at most a tenth of the corpus
-    assert [e.id for e in s.held_out] == ["t0", "t1"]
-    assert set(sum(take(s, 30), [])) == {f"t{i}" for i in range(2, 21)}
 
 
-def test_rows_left_out_of_a_corpus_are_named_once_with_their_cause(tmp_path, capsys):
-    picture().save(tmp_path / "p.png")
-    bad = [raw for raw, _ in UNUSABLE] + [asks("x " * 99), asks("<image>hi", images=["p.png"])]
-    file = write(tmp_path / "f.jsonl", text_rows(6) + bad + [{"text": "<image> x", "id": "web"}])
-    got = set(sum(take(stream([file], block=99, pictures=False), 20), []))
-    assert got == {f"t{i}" for i in range(6)} | {"web"}         # the tag of a web page is text
-    out = capsys.readouterr().out
-    assert out.count("note:") == 1 and out.count("f.jsonl:") == 3 and len(out) < 600
-    assert f"note: {len(bad)} rows left out: {tmp_path}/f.jsonl:7: 1 `<image>` place" in out
-    for n, ((raw, pattern), again) in enumerate(itertools.product(
-            [*UNUSABLE, (bad[-2], "over 60 tokens"), (bad[-1], "has 1 images, but --paired")],
-            (1, 4))):                               # every cause; over several passes said once
-        file = write(tmp_path / f"g{n}.jsonl", [raw, *text_rows(2)])
-        s = stream([file], pictures=False if "--paired" in pattern else None)
-        assert set(sum(take(s, 3 * again), [])) == {"t0", "t1"}
-        out = capsys.readouterr().out
-        assert re.search(rf"note: 1 rows left out: .*g{n}.jsonl:1: .*{pattern}", out)
-        assert out.count("left out") == 1
-    for raw, _ in UNUSABLE:                         # a task's demonstrations are not left out
-        with pytest.raises(kit.UnusableRow, match="f.jsonl:3"):
-            stream([parse(raw)], responses_only=True).next()
-    file = write(tmp_path / "h.jsonl", [asks("hi"), asks("<image>hi", images=["p.png"], id="p")])
-    assert set(sum(take(stream([file], pictures=True), 4), [])) == {"p"}
-    assert "h.jsonl:1: has 0 images, but --paired takes rows with" in capsys.readouterr().out
 
 
-def test_a_broken_row_of_a_corpus_is_not_left_out(tmp_path):
-    file = write(tmp_path / "f.jsonl", [*text_rows(4), {"txt": "typo"}])
-    with pytest.raises(UserError, match="f.jsonl:5: no `messages`"):
-        take(stream([file]), 9)
 
 
-@pytest.mark.parametrize("raw,more,pattern", [
-    (asks("x " * 99), {}, "over 60 tokens"), (asks("<|im_end|>"), {}, "literal"),
-    (asks("hi"), {"pictures": True}, "--paired takes rows with")], ids=range(3))
-def test_a_corpus_of_which_nothing_is_left_is_refused(tmp_path, raw, more, pattern):
-    """Fails if it trains on nothing: an endless loop, or empty batches."""
-    file, other = (write(tmp_path / f"{name}.jsonl", [raw] * 20) for name in "fg")
-    for source in ([file], [file, other], [{"id": "x", "images": [], **raw}] * 20):
-        for hold_out in (0, 4):
-            with pytest.raises(UserError, match=f"not one row can be trained on.*{pattern}"
-                               ) as error:
-                stream(source, hold_out=hold_out, **more).next()
-            assert len(str(error.value)) < 500
-    long_run = write(tmp_path / "h.jsonl", [raw] * 40 + [
-        asks("<image>hi", images=["p.png"], id="ok") if more else asks("hi", id="ok")])
-    picture().save(tmp_path / "p.png")
-    assert take(stream([long_run], **more), 3) == [["ok"]] * 3  # blocks without rows are passed
-    with pytest.raises(UserError, match="no rows"):
-        stream(["/dev/null"]).next()
-    with pytest.raises(UserError, match="no rows"):
-        stream([]).next()
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["MM_pretrain.json", "TextOnly_pretrain.json"])
-def test_released_pretraining_rows_parse(name):
-    file = SHARED / "pretrain_example" / name
-    rows = [r for r, _ in kit.read_rows(str(file))]
-    assert len(rows) == len(json.loads(file.read_text())) > 10
-    assert all(bool(r["images"]) == name.startswith("MM") for r in rows)
-    for r in [] if name.startswith("MM") else rows:             # the images are not here
-        answers = " ".join(m["content"] for m in r["messages"] if m["role"] == "assistant")
-        assert said(r).replace("<|im_end|>", " ").split() == answers.split()
 
 
 # ---- model.py: modules -----------------------------------------------------------------------
@@ -1612,24 +853,6 @@ def test_world_model_and_gaussian_map_by_hand():
     close(m(e)[1], torch.tanh(log_var))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_token_logprobs_equal_brute_force_in_any_chunk(masked):
-    torch.manual_seed(0)
-    head, x, targets = nn.Linear(8, 11), torch.randn(7, 8, requires_grad=True), torch.arange(7)
-    bias, seen = torch.zeros(11), []
-    bias[9:] = -math.inf if masked else 0.0
-    want, params = torch.log_softmax(head(x) + bias, -1)[range(7), targets], [x, *head.parameters()]
-    head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
-    for chunk in (1, 22, 33, 2 ** 24):
-        seen.clear()
-        got = token_logprobs(head, x, targets, bias if masked else None, chunk)
-        assert max(seen) == max(1, min(7, chunk // 11))     # never more logits than `chunk`
-        close(got, want)
-        for a, b in zip(gradients((got * targets).sum(), params),
-                        gradients((want * targets).sum(), params)):
-            close(a, b)
-    empty = token_logprobs(head, x[:0], targets[:0])        # a rank without labelled tokens
-    assert empty.shape == (0,) and empty.sum().requires_grad
 
 
 def test_choose_draws_each_action_with_its_probability():
@@ -1676,39 +899,8 @@ def qwen_folder(folder, template="chat_template.json", shard="200KB"):
     return base.eval(), chat
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_qwen_folder_loads_in_every_published_form(tmp_path, template):
-    base, chat = qwen_folder(tmp_path, template)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    model, tokenizer, processor = kit.load_base(tmp_path, torch.float32)
-    assert tokenizer.chat_template == chat
-    assert model.lm_head.weight is not model.model.language_model.embed_tokens.weight
-    for (name, a), b in zip(base.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    big = row("<image>?", None, [picture(1120, 840)])
-    for image_tokens, (h, w) in ((None, (60, 80)), ("256", (26, 36)), ("280x420", (20, 30))):
-        encoder = Encoder(tokenizer, processor, model, image_tokens)
-        p = encoder.encode(big, prompt=True)
-        assert p.grids.tolist() == [[1, h, w]] and encoder.pixels(p).shape == (h * w, 1176)
-        assert (p.ids == encoder.image_token).sum() == h * w // 4
 
 
-def test_what_is_not_a_qwen_folder_is_refused(tmp_path):
-    cases = {"empty": {}, "other": {"model_type": "llama"}, "bare": {"model_type": "qwen2_5_vl"}}
-    for name, config in cases.items():
-        (tmp_path / name).mkdir()
-        if config:
-            (tmp_path / name / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match=f"{name}.*(cannot be loaded|not Qwen2.5-VL)"):
-            kit.load_base(tmp_path / name, torch.float32)
-    base, _ = qwen_folder(tmp_path / "part")
-    save_file({"lm_head.weight": base.lm_head.weight.data}, tmp_path / "part" / "model.safetensors")
-    with pytest.raises(UserError, match="part.*weights are missing"):
-        kit.load_base(tmp_path / "part", torch.float32)
-    qwen_folder(tmp_path / "torn", shard="9GB")
-    os.truncate(tmp_path / "torn" / "model.safetensors", 5000)
-    with pytest.raises(UserError, match="torn.*cannot be loaded"):
-        kit.load_base(tmp_path / "torn", torch.float32)
 
 
 def full_pass(example, ids=None):
@@ -1722,51 +914,8 @@ def full_pass(example, ids=None):
     return out.hidden_states, positions
 
 
-def test_states_are_the_backbones_and_text_only_rows_are_projected():
-    agent, batch = tiny_agent(), collated()
-    e, e_t, states = agent.embeddings(batch), agent.text_embeddings(batch), agent.states(batch)
-    off = copy.copy(agent)
-    off.structure = {**agent.structure, "without": ["projector"]}
-    assert torch.equal(off.states(batch), e) and not states.requires_grad
-    for b, ex in enumerate(examples()):             # padding and batch mates change nothing
-        want = full_pass(ex)[0][-1][0, ex.text_index]
-        n = len(want)
-        close(e[b, :n], want)
-        close(states[b, :n], want if len(ex.grids) else agent.projector.P.mu(want))
-        # the text-only pass aligns token by token: the row without image, at plain positions
-        plain = agent.backbone.model(input_ids=ex.tokens[None], position_ids=torch.arange(
-            n).expand(3, 1, -1)).last_hidden_state[0]
-        close(e_t[b, :n], plain)
-        seen = batch.seen_image[b, :n]              # equal up to the first image, then not
-        close(want[~seen], plain[~seen])
-        assert not seen.any() or (want - plain)[seen].abs().amax(-1).min() > 1e-3
-    assert (states[1] - e[1]).abs().max() > 0.1     # mu_P does something
 
 
-def test_an_untrained_world_model_is_the_base_model():
-    agent, encoder = with_modules(tiny_agent(), world=WorldModel(64, 160)), tiny_agent().encoder
-    for ex in examples([ROWS[0], ROWS[2]], prompt=True):
-        s = agent.states(encoder.collate([ex]))[0]
-        got, allowed = agent.next_token_logits(s, torch.arange(len(s)) % 16), agent.token_bias == 0
-        hidden = full_pass(ex)[0][-1][0, ex.text_index]
-        close(got[:, allowed], agent.backbone.lm_head(hidden)[:, allowed])
-        names = encoder.tokenizer.convert_ids_to_tokens((~allowed).nonzero()[:, 0].tolist())
-        assert set(names) == set(kit.VISION_TOKENS) and (got[:, ~allowed] == -math.inf).all()
-        out = rollout(agent, [ex], 1, 12, 0.0)      # whatever the codes: the base model's own text
-        theirs = agent.backbone.generate(
-            input_ids=ex.ids[None], attention_mask=torch.ones_like(ex.ids)[None], do_sample=False,
-            pixel_values=encoder.pixels(ex), image_grid_thw=ex.grids, max_new_tokens=12,
-            mm_token_type_ids=(ex.ids == encoder.image_token).int()[None],
-            suppress_tokens=encoder.vision_ids.tolist())[0, len(ex):]
-        n = int(out.mask.sum())
-        assert theirs[:n].tolist() == out.tokens[0, :n].tolist()
-    assert isinstance(agent.chat("Hi", picture(), max_new_tokens=3), str)
-    for message, more in (("<image>", {}), ("x", {"history": [{"role": "user",
-                                                              "content": "<image>"}]})):
-        with pytest.raises(UserError, match="row chat: 1 `<image>` placeholders but 0 images"):
-            agent.chat(message, **more)
-    with pytest.raises(UserError, match="chat: this run has no policy"):
-        with_modules(agent, policy=None).chat("Hi")
 
 
 def brute_force(agent, r, temperature):
@@ -1799,59 +948,8 @@ def roll(space="latent", stop=40):
     return agent, rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7])
 
 
-@pytest.mark.filterwarnings("error::FutureWarning")          # a renamed argument of transformers
-@pytest.mark.parametrize("space", ["latent", "token"])
-@pytest.mark.parametrize("stop", [0, 60])
-def test_rollout_equals_a_full_pass_its_replay_and_separate_ones(space, stop):
-    """Prompts of different lengths, with one, two and no images, in one batch."""
-    agent, r = roll(space, stop)
-    bias = agent.token_bias if space == "token" else None
-    want, best = brute_force(agent, r, 0.7)
-    close(r.logps[r.mask], want[r.mask], 1e-4)      # fails if a position or a mask is off by one
-    assert torch.equal(r.tokens[r.mask], best[r.mask]) and len(set(r.texts)) > 5
-    for part, index in ((r, list(range(9))), (r.select([2, 0]), [6, 7, 8, 0, 1, 2])):
-        replayed = action_statistics(agent.policy, replay(agent.policy, part)[part.mask],
-                                     part.actions[part.mask], 0.7, bias)[0]
-        close(replayed, r.logps[index][r.mask[index]], 1e-4)
-        assert part.texts == [r.texts[i] for i in index]
-    ends, T = torch.isin(r.tokens, agent.encoder.stop_ids), r.tokens.shape[1]
-    for n in range(9):                              # up to and including the first end of turn
-        first = ends[n].nonzero()[0, 0].item() if ends[n].any() else T - 1
-        assert r.mask[n].tolist() == [t <= first for t in range(T)]
-        assert r.finished[n] == ends[n].any()
-    assert bool(stop) == bool(r.finished.any()) == (not r.mask.all())
-    for i, prompt in enumerate(examples(prompt=True)):      # sharing prefix and batch: no change
-        rows, one = slice(3 * i, 3 * i + 3), rollout(agent, [prompt], 3, 10, 0.7, [5 + i],
-                                                     check_every=1)
-        assert one.texts == r.texts[rows] and one.mask.sum() == r.mask[rows].sum()
-        close(one.logps[one.mask], r.logps[rows][r.mask[rows]], 1e-4)
-        assert rollout(agent, [prompt], 3, 10, 0.7, [50 + i]).texts != one.texts
 
 
-def test_recomputed_layers_keep_their_inputs_alone_and_have_the_same_gradient():
-    """Over rows and over a rollout; fails if `recompute` does not reach both."""
-    agent, r = copy.deepcopy(tiny_agent()), roll()[1]
-    agent.structure["policy_layers"] = 4
-    agent.make("policy", seed=1)
-    states, kept = torch.randn(2, 64, agent.width), []
-
-    def keep(x):
-        kept[-1] += 0 if isinstance(x, nn.Parameter) else x.nbytes
-        return x
-    for function in (lambda: agent.policy(states, kit.text_positions(states)),
-                     lambda: replay(agent.policy, r)):
-        gradients = []
-        for agent.recompute in (False, True):
-            agent.train_only("policy")
-            kept.append(0)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                out = function()
-            out.square().mean().backward()
-            gradients.append([p.grad for p in agent.policy.layers.parameters()])
-            agent.policy.zero_grad(set_to_none=True)
-        assert kept[-1] < 0.2 * kept[-2]
-        for one, other in zip(*gradients, strict=True):
-            close(one, other, 1e-6)
 
 
 def test_rows_are_packed_by_hand():
@@ -1884,26 +982,6 @@ def test_the_acting_agent_copies_what_trains_and_shares_what_is_frozen():
     assert agent.encoder is actor.encoder and actor.dtype == torch.bfloat16
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")         # rms_norm of bf16 with fp32 weights
-@pytest.mark.parametrize("space", ["latent", "token"])
-def test_in_bfloat16_a_long_rollout_and_its_replay_agree(space):
-    """As on a GPU: backbone and rollout in bf16, fp32 weights under autocast in the update. Fails
-    if the rollout's copies have their rotary frequencies in bf16 too."""
-    agent = copy.deepcopy(tiny_agent(space))
-    agent.backbone.to(torch.bfloat16)
-    agent.train_only("policy")
-    for layer in agent.policy.layers:               # attention that depends on the position
-        layer.self_attn.q_proj.weight.data *= 4
-        layer.self_attn.k_proj.weight.data *= 4
-    prompt = agent.encoder.encode(row("<image>" + "tell me more " * 150, None, [picture()]), True)
-    r = rollout(agent, [prompt], 2, 8, 1.0, [0])
-    with agent.autocast():
-        h = replay(agent.policy, r)[r.mask]
-        logps = action_statistics(agent.policy, h, r.actions[r.mask], 1.0,
-                                  agent.token_bias if space == "token" else None)[0]
-    distance = (logps - r.logps[r.mask]).abs()      # .10 and .33 with frequencies in bf16
-    assert len(prompt) > 400 and distance.max() < 0.15
-    assert distance.mean() < train_rl.ROLLOUT_TOLERANCE[torch.bfloat16]
 
 
 # ---- eval.py ---------------------------------------------------------------------------------
@@ -1927,65 +1005,10 @@ def test_a_reply_is_read_and_its_reward_is_the_ratio_of_sums():
     assert task.scores(None) is None and math.isnan(task.reward(None))
 
 
-@pytest.mark.parametrize("reply", [
-    f"Here you are.\n{GOOD}\nThank you.", f"{FLUENCY}\n\n- **Tone**: ok [Scores]: (7.5, 10).",
-    f"1. {FLUENCY}\n  2) {TONE}", f"* {FLUENCY.upper()}\n\u2022 {TONE.lower()}",
-    "### Fluency\nfine.\n[Scores]: (8, 9)\n\n### Tone:\n\nok\n\n[Scores]:\n(7.5, 10)",
-    "**Fluency:** fine\n**[Scores]**: (8, 9)\n**_Tone:_** ok **[Scores]: (7.5, 10)**",
-    GOOD.replace("(8, 9)", "8, 9").replace("(7.5, 10)", "7.5,10"),      # no parentheses
-    GOOD.replace("[Scores]: (8, 9)", "[score] ( 8.0 , 9 )"),
-    "Fluency\uff1afine\uff3bScores\uff3d\uff1a\uff08\uff18\uff0c\uff19\uff09\n" + TONE,     # full
-    "\uff26luency\uff1afine [Scores]\uff1a\uff08\uff18\uff0c\uff19\uff09\u3002\n" + TONE,  # width
-    "Fluency\uff1afine [Scores]\uff1a8\uff0c9\u3002\n" + TONE,
-    GOOD.replace("fine.", "fine, (9, 2) of 10; unlike Tone: 3/10, Scores: (1, 1)."),
-    f"<think>Fluency: [Scores]: (1, 1)\n{GOOD}</think>\n{GOOD}",
-    f"\n<think>{TONE}</think> <think>\n</think>{GOOD}", GOOD.replace("\n", "\r\n")],
-    ids=itertools.count())
-def test_a_reply_in_any_of_these_forms_is_read(reply):
-    assert two_dimensions().scores(reply) == {"Fluency": (8, 9), "Tone": (7.5, 10)}
 
 
-@pytest.mark.parametrize("reply", [
-    "", FLUENCY, f"{GOOD}\n{TONE}", f"{GOOD}\nTone: again", f"Tone: hm.\n{GOOD}",
-    f"{FLUENCY}\n{FLUENCY}",
-    GOOD.replace("\n", " "), GOOD.replace("Tone", "Style"), GOOD.replace("Tone", "My Tone"),
-    f"{GOOD}\nOverall: [Scores]: (9, 9)",                # a mark too many
-    # an answer that is quoted, at the end of a line too
-    GOOD.replace("fine.", 'it says "[Scores]: (10, 1)".'),
-    "Fluency: absurd. [Scores]: (2, 9). It claims [Scores]: (10, 1)\n" + TONE,
-    "Fluency: absurd. [Scores]: (2, 9). It claims [Score]: (10, 1)\n" + TONE,
-    f"Fluency: absurd. [Scores]: (2, 9)\nIt says\nFluency: great. [Scores]: (10, 1)\n{TONE}",
-    f"Fluency: it says\nTone: great. [Scores]: (10, 1)\n[Scores]: (2, 9)\n{TONE}",
-    f"It says [Scores]: (10, 1)\n{GOOD}",
-    *[GOOD.replace("(8, 9)", pair) for pair in (
-        "(8)", "8", "(8, 9, 7)", "8, 9, 7", "(8; 9)", "8/10", "(8/10, 9/10)", "8/10, 9/10",
-        "(7-8, 9)", "(8, 9-10)", "7 to 8, 9", "(8 9)", "(11, 9)", "(8, 11)", "(8, 10.01)", "(8, 0)",
-        "(8, 0.0)", "(-8, 9)", "(8, -9)", "(ten, 9)", "(8, nan)", "(8, 9) or (9, 9)", "",
-        "(8, 9) for the first")],
-    f"<think>{GOOD}", f"<think>Hm.\n{GOOD}\nNo <think>more</think>", f"{GOOD}\n<think>Hm.",
-    f"<think>Hm.</think><think>\n{GOOD}", f"{FLUENCY}\n<think>{TONE}</think>"],
-    ids=itertools.count())
-def test_a_reply_in_any_other_form_is_refused(reply):
-    assert two_dimensions().scores(reply) is None and math.isnan(two_dimensions().reward(reply))
 
 
-def test_metrics_by_hand():
-    s = [{"a": (8, 10), "b": (5, 5)}, None, {"a": (4, 8), "b": (6, 10)}]
-    replies = [s and "\n".join(f"{d}: [Scores]: {pair}" for d, pair in s.items()) for s in s]
-    figures = tasks.summarise(tasks.Task("t", ("a", "b"), (0, 1), {}, None, 9),
-                              [{"answers": ["x"], "replies": [reply]} for reply in replies])
-    assert figures == pytest.approx({"a": 0.65, "b": 0.8, "overall": 0.725, "failed": 1,
-                                     "reward": (13 / 15 + 10 / 18) / 2})
-    task, group = two_dimensions(), {"answers": ["x", "x", "y", "x"], "replies": [None] * 4}
-    close(tasks.summarise(task, [group])["duplicates"], 0.5)
-    usage = tasks.code_usage(torch.tensor([2.0, 2.0, 4.0, 0.0]))    # exp(1/2 ln 4 + 1/2 ln 2)
-    assert usage == {"codes_used": 3, "code_perplexity": pytest.approx(math.sqrt(8))}
-    assert tasks.paired_bootstrap([1, 2, None, 4], [2, 4, 9, math.nan], 2000) == (1.5, 1, 2)
-    a, b = tuple("the cat sat on the mat"), tuple("a cat on mats the")
-    lcs = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]           # the textbook table
-    for i, j in itertools.product(range(len(a)), range(len(b))):
-        lcs[i + 1][j + 1] = lcs[i][j] + 1 if a[i] == b[j] else max(lcs[i][j + 1], lcs[i + 1][j])
-    assert tasks.common_length(a, b) == lcs[-1][-1]
 
 
 def scored_run(root, name, seed, reward):
@@ -1996,201 +1019,22 @@ def scored_run(root, name, seed, reward):
     return {root / name: {"id": {"reward": reward, "diversity": 1 + reward}}}
 
 
-def test_a_comparison_takes_runs_that_differ_in_seed_alone_as_one(tmp_path):
-    """Fails if any -s<digits> is a seed: my-s3-task and my-s4-task are two tasks."""
-    run = functools.partial(scored_run, tmp_path)
-    runs = {}
-    for n, (stage, seed) in enumerate((
-            ("rl-x-dapo-latent-s0", 0), ("rl-x-dapo-latent-s1", 1), ("rl-x-dapo-latent-s1-b", 1),
-            ("rl-my-s3-task-dapo-token-s0", 0), ("rl-my-s4-task-dapo-token-s0", 0),
-            ("rl-my-s4-task-dapo-token-s12-codes8", 12), ("sft-x-s2-latent", 2))):
-        runs |= run(f"a/tiny/{stage}", seed, n / 10)
-    runs |= run("b/tiny/rl-x-dapo-latent-s0", 0, 0.7) | run("b/other/rl-x-dapo-latent-s0", 0, 0.9)
-    (tmp_path / "a/tiny/sft-x-s2-latent/log.jsonl").write_text('{"seconds": 2.5}\n{"seconds": 4}\n')
-    (config,) = (tmp_path / "b/other").glob("*/config.json")
-    config.write_text(config.read_text().replace(
-        '"parent": null', '"parent": "../../../a/tiny/sft-x-s2-latent"'))
-    alone = {"seeds": 1, "min_p": None, "seconds": "0", "stages before": "0"}
-    diversity = tasks.compare({**runs, tmp_path / "a/tiny/sft-x-s2-latent": {"id": {}}},
-                              "diversity")                  # greedy answers have none
-    assert diversity["tiny/rl-x-dapo-latent"] == {"seeds": 3, "min_p": None, "id": "1.267 (0.379)"}
-    assert diversity["tiny/sft-x-s2-latent"] == {"seeds": 1, "min_p": None}
-    assert tasks.compare(runs, "reward") == {       # of 0, .1 and .7: the same run elsewhere, too
-        "tiny/rl-x-dapo-latent": {**alone, "seeds": 3, "id": "0.267 (0.379)"},
-        "tiny/rl-x-dapo-latent-b": {**alone, "id": "0.200"},
-        "tiny/rl-my-s3-task-dapo-token": {**alone, "id": "0.300"},
-        "tiny/rl-my-s4-task-dapo-token": {**alone, "id": "0.400"},
-        "tiny/rl-my-s4-task-dapo-token-codes8": {**alone, "id": "0.500"},
-        "tiny/sft-x-s2-latent": {**alone, "id": "0.600", "seconds": "6"},
-        "other/rl-x-dapo-latent": {**alone, "id": "0.900", "stages before": "6"}}
 
 
-def test_differences_are_paired_by_seed_with_a_t_interval(tmp_path):
-    run = functools.partial(scored_run, tmp_path)
-    runs = {}
-    for seed, (start, end, other) in enumerate(((0.1, 0.4, 0.2), (0.5, 0.6, 0.7), (0.3, 0.5, 0.3))):
-        runs |= run(f"{seed}/tiny/sft-mini-latent", seed, start)
-        runs |= run(f"{seed}/tiny/rl-mini-dapo-latent-s{seed}", seed, end)
-        runs |= run(f"{seed}/tiny/rl-mini-dapo-token-s{seed}", seed, other)
-    # .3 .1 .2: mean .2, deviation .1; .1 .2 0: mean .1, deviation .1; t(2) = 4.3027
-    half = 4.302653 * 0.1 / math.sqrt(3)
-    close(tasks.t_interval([0.3, 0.1, 0.2]), (0.2, half))
-    table = tasks.gains_over_first(dict(sorted(
-        runs.items(), key=lambda pair: pair[0].name < "s")), "reward")
-    assert table == {f"tiny/rl-mini-dapo-{space} - tiny/sft-mini-latent":
-                     {"pairs": 3, "id": f"{mean:+.3f} ± {half:.3f}"}
-                     for space, mean in (("latent", 0.2), ("token", 0.1))}
-    del runs[tmp_path / "0/tiny/sft-mini-latent"]           # fails if pairs are made by place
-    (row_,) = {name: r for name, r in tasks.gains_over_first(dict(sorted(
-        runs.items(), key=lambda pair: pair[0].name < "s")), "reward").items()
-        if "latent -" in name}.values()
-    assert row_["pairs"] == 2 and row_["id"].startswith("+0.150")
-    for folder in runs:                                     # a figure that one side alone has
-        if "token" not in folder.name:
-            runs[folder]["id"]["codes_used"] = 3
-    rows = tasks.gains_over_first(runs, "codes_used")
-    assert set(rows) == {"tiny/sft-mini-latent - tiny/rl-mini-dapo-latent"}
-    for space, reward in (("latent", 0.6), ("token", 0.8)):     # a second seed in one run root
-        runs |= run(f"0/tiny/rl-mini-dapo-{space}-s7", 7, reward)
-    (row_,) = tasks.gains_over_first({folder: table for folder, table in runs.items()
-                                      if folder.name.startswith("rl-")}, "reward").values()
-    assert row_["pairs"] == 4 and row_["id"].startswith("-0.025")   # -.2 .1 -.2 .2; each seed's own
 
 
-def test_rewards_by_group_are_means_over_its_prompts():
-    """Fails if splits or modes are mixed, or a failed judgement counts as 0."""
-    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
-    predictions = [{"id": row_id, "split": split, "mode": "greedy", "replies": [
-        None if score is None else f"d: [Scores]: ({score}, 10)" for score in scores]}
-        for split, row_id, scores in (
-            ("id", "1", (6, 4)), ("id", "2", (2.5, None)), ("id", "3", (10, 10)),
-            ("id", "4", (0, 0)), ("ood", "1", (None, None)), ("ood", "3", (8, 7)))]
-    rewards = tasks.rewards_by_prompt(task, predictions)
-    assert rewards == {"id greedy": {"1": 0.5, "2": 0.25, "3": 1.0, "4": 0.0},
-                       "ood greedy": {"1": pytest.approx(math.nan, nan_ok=True), "3": 0.75}}
-    rows = {"1": {"persona": "Zed", "question": ("count", None)}, "2": {"persona": "Zed"},
-            "3": {"persona": "Orla", "question": ["count", None], "group": 7},
-            "4": {"question": "of the user's own"}}
-    assert tasks.rewards_by_group(rewards, rows) == {
-        name: {"reward": reward} for name, reward in (
-            ("id greedy, 7", 1.0), ("id greedy, Orla", 1.0), ("id greedy, Zed", 0.375),
-            ("id greedy, count", 0.75), ("ood greedy, 7", 0.75), ("ood greedy, Orla", 0.75),
-            ("ood greedy, Zed", pytest.approx(math.nan, nan_ok=True)),
-            ("ood greedy, count", 0.75))}
 
 
-def test_a_comparison_by_group_has_a_line_for_each_group(tmp_path):
-    """Two seeds of a warm start and of RL from it, two personas; no table without differences."""
-    summaries, rewards = {}, {}
-    for seed in range(2):
-        for stage, gain in (("sft-mini-latent", 0.0), (f"rl-mini-dapo-latent-s{seed}", 0.25)):
-            (folder,) = scored_run(tmp_path, f"{seed}/tiny/{stage}", seed, 0)
-            summaries[folder] = {"id greedy": {"reward": 0.5, "word": gain, "min_p": 0.0}}
-            rewards[folder] = {"id greedy": {"1": 0.5 + gain, "2": 0.25 + 2 * gain + seed / 4}}
-    rows = {"1": {"persona": "Zed"}, "2": {"persona": "Orla"}}
-    tables = tasks.comparison(summaries, rewards, rows, ["reward", "word"], True)
-    (word,) = (table for title, table in tables.items() if title.startswith("word, difference"))
-    assert word == {"tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": {
-        "pairs": 2, "id greedy": "+0.250 ± 0.000"}}
-    means, differences = (table for title, table in tables.items() if "by group" in title)
-    assert means["id greedy, Orla"] == {"tiny/sft-mini-latent": "0.375 (0.177)",
-                                        "tiny/rl-mini-dapo-latent": "0.875 (0.177)"}
-    assert differences == {"id greedy, Orla": {
-        "tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": "+0.500 ± 0.000"}, "id greedy, Zed": {
-        "tiny/rl-mini-dapo-latent - tiny/sft-mini-latent": "+0.250 ± 0.000"}}
-    assert not any("by group" in title for title in tasks.comparison(summaries, rewards, rows,
-                                                                     ["reward"], False))
-    one = dict([next(iter(summaries.items()))])
-    assert tasks.comparison(one, rewards, rows, ["reward"], True) == {}
 
 
-def test_held_out_reports_over_seeds(tmp_path):
-    """Fails if reports of other stages, or of variants of one, are counted together."""
-    for root, stage, seed, ce in (("a", "idm", 0, 0.1), ("b", "idm", 1, 0.3), ("a", "bc", 0, 0.7),
-                                  ("a", "idm-without-cycle", 0, 0.9)):
-        scored_run(tmp_path, f"{root}/tiny/{stage}", seed, 0)
-        (tmp_path / root / "tiny" / stage / "report.json").write_text(json.dumps({
-            "cross-entropy": {"ood": {"IDM": ce, "codes_used": 3}},
-            "share of codes": {"ood": [1]}}))
-    folders = sorted(tmp_path.glob("*/tiny/*"))
-    assert tasks.reported(folders) == {
-        "tiny/idm, cross-entropy, 2 seeds":
-            {"ood": {"IDM": "0.200 (0.141)", "codes_used": "3.000 (0.000)"}},
-        "tiny/bc, cross-entropy, 1 seeds": {"ood": {"IDM": "0.700", "codes_used": "3.000"}},
-        "tiny/idm-without-cycle, cross-entropy, 1 seeds":
-            {"ood": {"IDM": "0.900", "codes_used": "3.000"}}}
-    (tmp_path / "b/tiny/idm/report.json").write_text('{"cross-entropy": {"ood": {"IDM": 0.3}}}')
-    with pytest.raises(UserError, match="tiny/idm some did not report 'codes_used'"):
-        tasks.reported(folders)
-    (folders[0] / "report.json").unlink()
-    with pytest.raises(UserError, match="report.json: cannot be read"):
-        tasks.reported(folders)
 
 
-def test_p_values_and_their_correction_by_hand():
-    for t, freedom, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (2.262, 9, 0.05), (3.250, 9, 0.01),
-                          (1.0, 1, 0.5), (0.0, 4, 1.0)):                # the printed tables
-        close(tasks.student_p(t, freedom), p, 2e-4)
-        close(tasks.student_p(-t, freedom), p, 2e-4)
-    adjusted = tasks.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
-    assert tasks.holm({"a": 0.7, "b": 0.6}) == {"b": 1.0, "a": 1.0}
 
 
-def test_the_bootstrap_over_personas_is_wide_where_personas_differ():
-    """Two personas, gains of one all 0, of the other all 1: one, both or none may be drawn."""
-    personas = ["a"] * 50 + ["b"] * 50
-    assert tasks.persona_bootstrap([0.0] * 50 + [1.0] * 50, personas) == (0.0, 1.0)
-    low, high = tasks.persona_bootstrap([0.0, 1.0] * 50, personas)      # within personas alone
-    assert 0.35 < low < 0.45 and 0.55 < high < 0.65
-    low, high = tasks.persona_bootstrap([math.nan, 1.0] * 50, personas)
-    assert low == high == 1.0
 
 
-def test_latent_is_held_against_the_token_run_of_its_seed(tmp_path):
-    run, rewards = functools.partial(scored_run, tmp_path), {}
-    noise = {algo: [0.01, -0.02, 0.0] for algo in ("grpo", "dapo")}
-    for seed in range(3):
-        for algo, gain in (("grpo", 0.3), ("dapo", 0.0)):
-            for space in ("latent", "token"):
-                (folder,) = run(f"{seed}/tiny/rl-mini-{algo}-{space}-s{seed}", seed, 0)
-                level = seed / 9 + (gain + noise[algo][seed]) * (space == "latent")
-                rewards[folder] = {f"{split} {mode}": {"1": level, "2": level + 0.1}
-                                   for split in ("id", "ood") for mode in ("greedy", "sampled")}
-    table = tasks.contrasts(rewards, {"1": "x", "2": "y"})
-    assert list(table) == [f"tiny/rl-mini-{algo}-latent - token, {split} sampled"
-                           for algo in ("grpo", "dapo") for split in ("id", "ood")]
-    sd = math.sqrt((0.01 + 1 / 300) ** 2 + (1 / 300 - 0.02) ** 2 + (1 / 300) ** 2) / math.sqrt(2)
-    grpo, dapo = (table[f"tiny/rl-mini-{algo}-latent - token, id sampled"]
-                  for algo in ("grpo", "dapo"))
-    assert grpo["pairs"] == 3 and grpo["mean"] == f"+0.297 ± {4.303 * sd / math.sqrt(3):.3f}"
-    p = tasks.student_p((0.3 - 1 / 300) / sd * math.sqrt(3), 2)
-    assert grpo["p (Holm)"] == f"{4 * p:.2g}" and dapo["p (Holm)"] == "1"
-    assert grpo["personas, prompts"] == "[+0.297, +0.297]"
-    for seed in range(2):                           # other token runs: descriptive, no part of Holm
-        (folder,) = run(f"{seed}/tiny/rl-mini-grpo-token-s{seed}-corpora", seed, 0)
-        rewards[folder] = {"id sampled": {"1": seed / 9, "2": seed / 9 + 0.1 + seed}}
-    more = tasks.contrasts(rewards, {"1": "x", "2": "y"})
-    name = "tiny/rl-mini-grpo-latent - token-corpora, id sampled"
-    assert {key: row_ for key, row_ in more.items() if key != name} == table
-    assert more[name]["pairs"] == 2 and "p (Holm)" not in more[name]
-    rewards[folder] = {"id sampled": {"1": 0.0, "other": 0.0}}          # of other prompts
-    assert tasks.contrasts(rewards, {"1": "x", "2": "y"}) == table
 
 
-def test_summaries_leave_out_failures_and_count_zeros():
-    task = tasks.Task("t", ("d",), (0, 1), {}, None, 9)
-    def predictions(*groups):
-        return [{"id": n, "split": "id", "mode": "m", "answers": ["x"] * len(g), "replies": [
-            None if s is None else f"d: x [Scores]: ({s}, 10)" for s in g]}
-            for n, g in enumerate(groups)]
-    figures = tasks.summarise(task, predictions((None, 5), (0, 0)))
-    assert figures["failed"] == 1
-    close([figures["reward"], figures["best_of_2"]], [0.25, 0.25])
-    for order in ((5, None), (None, 5), (0, 5), (5, 0)):    # fails if 0 or None is taken for NaN
-        close(tasks.summarise(task, predictions(order))["best_of_2"], 0.5)
-    gain = tasks.gain_table(task, predictions((0, 5)), predictions((5, 5)))["id m"]
-    close([gain[k] for k in ("before", "after", "gain")], [0.25, 0.5, 0.25])
 
 
 @functools.cache
@@ -2198,51 +1042,10 @@ def mini():
     return tasks.mini_task(0, 0)
 
 
-def test_mini_world_is_one_fixed_draw_and_its_splits_are_disjoint():
-    again, parts = tasks.mini_task(0, 0), {part: {p.name for p in personas}
-                                           for part, personas in tasks.casting().items()}
-    assert {part: len(names) for part, names in parts.items()} == {
-        "familiar": 12, "valid": 4, "ood": 4} and len(set.union(*parts.values())) == 20
-    scenes, personas = ({s: {repr(r[key]) for r in rows} for s, rows in mini().splits.items()}
-                        for key in ("scene", "persona"))
-    for split, rows in mini().splits.items():
-        assert len(rows) == tasks.SIZES[split]
-        for a, b in zip(rows[:20], again.splits[split]):
-            assert a["images"][0].tobytes() == b["images"][0].tobytes()
-            assert {**a, "images": 0} == {**b, "images": 0}
-        asks = {"valid": parts["familiar"] | parts["valid"], "ood": parts["ood"]}
-        assert personas[split] == set(map(repr, asks.get(split, parts["familiar"])))
-    tests = scenes["valid"] | scenes["id"] | scenes["ood"]
-    assert len(tests) == sum(len(scenes[s]) for s in ("valid", "id", "ood"))
-    for kind, n in (("paired", 12), ("text", 20), ("base", 20)):
-        rows = tasks.mini_corpus(kind, 240, 1)
-        assert len({r["persona"] for r in rows}) == n
-        assert kind != "paired" or {r["persona"] for r in rows} == parts["familiar"]
-        assert not {repr(r.get("scene")) for r in rows} & tests
-        assert all(bool(r["images"]) == (kind != "text") for r in rows)
-    assert not (scenes["sft"] | scenes["rl"]) & tests
-    unseen = tasks.embedded("ood", 1)
-    assert len(unseen) == 96 and {r["persona"] for r in unseen} == parts["valid"]
 
 
-def test_another_world_is_another_casting(monkeypatch):
-    first = tasks.casting()
-    monkeypatch.setattr(tasks, "WORLD", 2)
-    assert {p.name for p in tasks.casting()["ood"]} != {p.name for p in first["ood"]}
 
 
-def test_rows_are_right_about_the_picture_and_in_role_as_often_as_their_table_says():
-    """Headroom lies in words: fails if a fact is wrong, or an answer's slots fall independently."""
-    rows, own = [r for r in tasks.mini_corpus("paired", 3000, 5)], []
-    for r in rows:
-        answer, grammar = tasks.parse_answer(r["messages"][-1]["content"])
-        assert grammar == 1 and tasks.hold_against_picture(
-            answer, r["question"], r["scene"]) == (True, 1, 1)
-        own.append([tasks.OWNERS[slot][getattr(answer, slot)] == r["persona"]
-                    for slot in tasks.SLOTS])
-    own = torch.tensor(own).double()
-    close(own.mean(), tasks.QUALITY["paired"], 0.03)
-    assert torch.corrcoef(own.T)[0, 2] > 0.1        # opening and adjective: both slots of one kind
 
 
 def asked(kind):
@@ -2261,35 +1064,8 @@ def marks(r, answer):
     return [s[0] for s in mini().scores(reply).values()], mini().reward(reply)
 
 
-def test_rule_judge_floors_what_is_no_answer_and_knows_a_perfect_one():
-    r = asked("all")
-    ref = r["reference"]
-    for answer in ("", " \n ", " ".join([ref] * 3), " ".join(sorted(ref.split())), ref.lower(),
-                   ref + " " + " ".join(tasks.OBJECTS), "Aha! Case closed. " * 9,
-                   " ".join([w for p in tasks.PERSONAS for w in p[2:]] + tasks.OBJECTS
-                            + list(tasks.CELLS) + list(tasks.NUMBERS)),     # stuffing
-                   "\n".join(f"{d}: [Scores]: (10, 10)" for d in tasks.DIMENSIONS),
-                   tasks.caption(r["scene"])):
-        assert marks(r, answer)[1] <= 0.15, answer
-    assert marks(r, " ".join(ref.split()[:len(ref.split()) // 2]))[1] < 0.6
-    for r in mini().splits["ood"][:40]:
-        assert marks(r, r["reference"]) == ([10.0] * 8, 1.0)
-        assert r["reference"] == perfect(r, r["persona"])
 
 
-@pytest.mark.parametrize("name,wrong,low,full", [
-    ("persona", {"persona": "Zed"}, (5, 6, 7), (1, 2, 3, 4)),
-    ("nobody's words", {"persona": ""}, (5, 6, 7), (1, 2, 3, 4)),
-    ("scene", {"scene": [None, "yellow star", "purple cross", None]}, (3, 4, 6), (1, 2)),
-    ("question", {"question": "cell"}, (0, 4, 6), (1, 3))])
-def test_rule_judge_fails_what_is_wrong_in_its_own_dimensions(name, wrong, low, full):
-    """0 instruction, 1 fluency, 2 coherency, 3 image, 4 accuracy, 5 person, 6 knowledge, 7 tone."""
-    r = asked("all")
-    if name == "question":                          # true, but not what was asked
-        at = next(i for i, thing in enumerate(r["scene"]) if thing)
-        wrong = {"question": ("cell", tasks.CELLS[at])}
-    got, reward = marks(r, perfect(r, **wrong))
-    assert max(got[d] for d in low) <= 3.5 and {got[d] for d in full} == {10.0} and reward < 0.65
 
 
 def file_task(name, *flags):
@@ -2446,49 +1222,6 @@ def mmrole_folder(root):
     return root
 
 
-def test_mmrole_is_read_from_its_published_layout(tmp_path, capsys):
-    task = file_task("mmrole", "--task-root", str(mmrole_folder(tmp_path)))
-    said = capsys.readouterr().out
-    for left in (f"1 of 23 dialogues left out, no picture: {tmp_path}.*COCO/gone.jpg",
-                 f"left out, no profile: {tmp_path}.*Odin.json", "left out, no answer: Hulk_90"):
-        assert re.search(left, said)
-    rows = [r for split in tasks.SPLITS[:-1] for r in task.splits[split]]
-    whole = {split: {r["id"].split("#")[0] for r in task.splits[split]} for split in tasks.SPLITS}
-    assert [len(whole[s]) for s in tasks.SPLITS] == [9, 2, 7, 2, 3]     # of 20 dialogues, and 3
-    assert len(set().union(*whole.values())) == 23                      # no dialogue in two splits
-    for r in rows + task.splits["ood"]:
-        system, first, *_ = r["messages"]
-        name, thor = r["persona"], r["persona"].startswith("Thor")
-        assert system["content"].startswith(f"Play the character {name} ")
-        profile = f"\n\nintroduction: I am {name}.\npersonality: {name} is {name}-like."
-        assert system["content"].endswith(profile + "\n\nAbout the picture: Asgard" * thor)
-        assert first == {"role": "user", "content": "<image>question 0"}
-        assert r["messages"][-1] == {"role": "assistant", "content": r["reference"]}
-    two = [r for r in rows if r["persona"] == "Thor Odinson" and r["id"].endswith("#4")]
-    assert two and all([m["role"] for m in r["messages"]][1:] == ["user", "assistant"] * 2
-                       for r in two)                # the second answer, with the first as history
-    assert all("#" not in r["id"] for r in task.splits["sft"])          # demonstrations stay whole
-    for bad, match in ((["--task-root", "nowhere"], "is not a folder"), ([], "not a folder")):
-        with pytest.raises(UserError, match=match):
-            file_task("mmrole", *bad)
-    other = tmp_path / "dialogues/out-of-distribution/comment.json"
-    whole, _ = other.read_text(), other.write_text('[{"id": "x"}]')
-    with pytest.raises(UserError, match="comment.json: is not in the published form.*KeyError"):
-        file_task("mmrole", "--task-root", str(tmp_path))
-    other.write_text(whole)
-    profile = tmp_path / "profiles/out-of-distribution/detailed_profiles/Plato.json"
-    for text, match in (("[1]", "not in the published form of mmrole"),
-                        ("{", "Plato.json: cannot be")):
-        profile.write_text(text)
-        with pytest.raises(UserError, match=match):
-            file_task("mmrole", "--task-root", str(tmp_path))
-    profile.unlink()
-    with pytest.raises(UserError, match="every dialogue lacks its picture, profile or answer"):
-        file_task("mmrole", "--task-root", str(tmp_path))
-    profile.write_text("{}")
-    (tmp_path / "images/COCO/1.jpg").unlink()
-    with pytest.raises(UserError, match="every dialogue lacks"):
-        file_task("mmrole", "--task-root", str(tmp_path))
 
 
 def fake_score(prompt):
@@ -2580,119 +1313,16 @@ FAULTS = ("slow", "429", "500", "drop", "cut", "refusal", "pairs", "twice")
 QUESTION = {**row("What is it?", "A bus."), "reference": "A bus."}
 
 
-def test_endpoint_loses_nothing_under_faults_and_asks_nothing_twice(endpoint, monkeypatch,
-                                                                    tmp_path):
-    """200 calls, 30 % of the attempts with one of eight faults: the scores are the true ones."""
-    answers = [f"It is bus {n}. " + "[Scores]: (10, 1)\nFluency: great. [Scores]: (10, 1)" * (n % 2)
-               for n in range(200)]
-
-    def fault(prompt, attempt):
-        draw = random.Random(f"{attempt} {prompt}")
-        return draw.choice(FAULTS) if draw.random() < 0.3 and attempt < 3 else None
-    monkeypatch.setitem(tasks.JUDGE, "threads", 32)
-    server, judge = endpoint(fault)
-    replies = judge([QUESTION] * 200, answers)
-    for answer, reply in zip(answers, replies):
-        want = pytest.approx(fake_score(f"<answer>\n{answer}\n</answer>"), abs=1e-3)
-        assert two_dimensions().scores(reply) == {"Fluency": (want, 10), "Tone": (want, 10)}
-    made = len(server.calls)
-    assert made > 250                               # the faults did happen
-    with open(tmp_path / "judge-cache/rank0.jsonl", "a") as cache:
-        cache.write('["torn')                       # a killed run's last line
-    again, second = endpoint(lambda prompt, attempt: "500")
-    assert second([QUESTION] * 200, answers) == replies and not again.calls
 
 
-def test_endpoint_masks_what_fails_for_good_and_stops_when_nothing_works(endpoint, monkeypatch):
-    _, judge = endpoint(lambda prompt, attempt: "refusal")      # one that was never of any use
-    with pytest.raises(UserError, match="no usable reply in 4 calls .malformed, one begins 'I "
-                       "cannot judge this.'.; see that the server.*same command"):
-        judge([QUESTION] * 4, ["bad", "worse", "worst", "hopeless"])
-    assert judge([QUESTION], ["bad"]) == ["I cannot judge this."]   # it may be the answer's fault
-    server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else
-                             "500" if "down" in prompt else None)
-    good, bad, down = judge([QUESTION] * 3, ["fine", "bad", "down"])
-    assert two_dimensions().scores(good) and bad == "I cannot judge this."
-    assert two_dimensions().scores(bad) is None and down is None
-    assert len(server.calls) == 1 + 6 + 6
-    assert judge([QUESTION] * 2, ["fine", "fine"]) == [good] * 2 and len(server.calls) == 13
-    assert judge([QUESTION] * 2, ["fine", "bad"]) == [good, bad] and len(server.calls) == 19
-    assert judge([QUESTION] * 3, ["down 2", "down 3", "down 4"]) == [None] * 3
-    with pytest.raises(UserError, match="no usable reply in 4 calls .HTTP 500"):
-        judge([QUESTION] * 4, [f"down {n}" for n in range(2, 6)])   # good ones excuse no more
-    _, judge = endpoint(lambda prompt, attempt: "401")
-    with pytest.raises(UserError, match=r"HTTP 401; is the key in \$JUDGE_API_KEY right"):
-        judge([QUESTION], ["x"])
-    monkeypatch.setitem(tasks.JUDGE, "threads", 2)
-    server, judge = endpoint(lambda prompt, attempt: "500")
-    with pytest.raises(UserError, match="no usable reply in 2 calls .HTTP 500"):
-        judge([QUESTION] * 50, [f"never {n}" for n in range(50)])
-    assert 12 <= len(server.calls) < 40             # fails if a dead judge is asked 50 x 6 times
-    server, judge = endpoint()
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match="no usable reply.*see that the server runs"):
-        judge([QUESTION], ["unheard"])
 
 
-def test_a_malformed_reply_is_sent_back_with_what_is_wrong_with_it(endpoint):
-    """To a judge that says the same to the same question, as at temperature 0."""
-    server, judge = endpoint(lambda prompt, attempt: "untold")
-    replies = judge([QUESTION] * 3, ["one", "two", "three"])    # fails if just asked again
-    assert all(map(two_dimensions().scores, replies)) and len(server.calls) == 6
-    for prompt in set(server.calls):
-        (first,), (again, reply, complaint) = (said for said in server.requests
-                                               if said[0]["content"] == prompt)
-        assert first == again == {"role": "user", "content": prompt}
-        assert reply == {"role": "assistant", "content": "Fluency: 8/10"}
-        assert complaint["role"] == "user" and "Fluency, Tone" in complaint["content"]
-        assert complaint["content"].endswith("\nFluency: ... [Scores]: (a, b)")
-    server, judge = endpoint(lambda prompt, attempt: "twice" if attempt < 3 else "500"
-                             if attempt == 3 else "empty" if attempt == 4 else None)
-    assert two_dimensions().scores(judge([QUESTION], ["four"])[0])
-    assert [len(said) for said in server.requests] == [1, 3, 3, 3, 3, 3]    # the last one alone
-    assert server.requests[-1][1]["content"] == " \n"
-    server, judge = endpoint(lambda prompt, attempt: "refusal" if "x" * 999 in prompt else None)
-    long = {**QUESTION, "reference": "x" * 999}
-    judge([QUESTION], ["a judge that lives"])
-    assert judge([long], ["five"]) == ["I cannot judge this."] and len(server.calls) == 7
 
 
-def test_endpoint_asks_all_when_the_first_replies_are_malformed(endpoint, monkeypatch):
-    monkeypatch.setitem(tasks.JUDGE, "threads", 2)
-    server, judge = endpoint(lambda prompt, attempt: "refusal" if "bad" in prompt else None)
-    judge([QUESTION], ["fine"])
-    answers = [*(f"bad {n}" for n in range(6)), "fine too"]
-    replies = judge([QUESTION] * 7, answers)        # fails if it stops asking after two
-    assert replies[:6] == ["I cannot judge this."] * 6
-    assert two_dimensions().scores(replies[6]) and len(server.calls) == 1 + 6 * 6 + 1
 
 
-def test_a_server_that_never_answers_is_left_when_patience_ends(endpoint, monkeypatch):
-    for name, value in (("timeout", 0.2), ("patience", 0.5)):
-        monkeypatch.setitem(tasks.JUDGE, name, value)
-    server, judge = endpoint(lambda prompt, attempt: "slow")
-    with pytest.raises(UserError, match="no usable reply in 1 calls"):
-        judge([QUESTION], ["x"])
-    assert 1 < len(server.calls) < tasks.JUDGE["attempts"]      # fails if every try is waited for
-    monkeypatch.setitem(tasks.JUDGE, "patience", 0.0)           # none to repeat a call: one is made
-    server, judge = endpoint()
-    assert judge([QUESTION], ["x"])[0] is not None and len(server.calls) == 1
 
 
-def test_endpoint_sends_its_key_and_keeps_it_nowhere(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "the-users-hub-token")
-    server, judge = endpoint()                      # fails if no explicit key is passed
-    judge([QUESTION], ["one"])
-    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
-    other, judge = endpoint(lambda p, n: "500" if "lost" in p else None)
-    judge([QUESTION] * 2, ["lost", "found"])
-    assert server.keys == {"Bearer none"} and other.keys == {"Bearer s3cret"}
-    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cret" in f.read_bytes()]
-    for url in ("http://me:s3cret@host/v1", "http://host/v1?key=s3cret", "ftp://host"):
-        with pytest.raises(UserError, match="environment variable JUDGE_API_KEY") as error:
-            tasks.Endpoint(parsed(train_rl, "--judge-url", url, "--judge-model", "m"))
-        assert "s3cret" not in str(error.value)
 
 
 def test_judge_prompt_is_filled_once():
@@ -2721,138 +1351,14 @@ def pcogalign_folder(root):
     return root
 
 
-def test_pcogalign_is_made_usable_by_one_command_and_read(endpoint, tmp_path, monkeypatch, capsys):
-    """From the published files: the error names the command, its references survive 30 % faults,
-    and it goes on where it was killed."""
-    root = pcogalign_folder(tmp_path / "version v4")
-    with pytest.raises(UserError, match="HCMAS-golden-train.json is missing: .*no ref") as error:
-        file_task("pcogalign", "--task-root", str(root))
-    monkeypatch.setitem(tasks.JUDGE, "threads", 32)
-    faults = ("slow", "429", "500", "drop", "cut", "empty")
-
-    def fault(prompt, attempt):
-        draw = random.Random(f"{attempt} {prompt}")
-        return draw.choice(faults) if draw.random() < 0.3 and attempt < 5 else None
-
-    def make(fault):
-        server, _ = endpoint(fault)
-        said = {"URL": server.url, "NAME": "m"}     # as printed, with these filled in
-        command = str(error.value).split("make them once with python eval.py ")[1]
-        before, folder, after = command.partition(str(root))
-        argv = [*before.split(), folder, *(said.get(word, word) for word in after.split())]
-        tasks.main([*argv, "--run-root", str(tmp_path)])
-        return server
-    assert len(make(fault).calls) > 63              # the faults did happen
-    said = capsys.readouterr().out
-    assert "50 references made for HCMAS" in said and "13 references made" in said
-    golden = sorted(root.glob("*-golden-*.json"))
-    assert [f.name for f in golden] == [f"{name}-golden-{part}.json" for name in (
-        "HCMAS", "HCSHR") for part in ("test", "train")]
-    made = {f.name.removesuffix(".json"): json.loads(f.read_text()) for f in golden}
-    server, _ = endpoint()
-    for name, n, cut in (("HCMAS", 50, 40), ("HCSHR", 13, 10)):
-        rows = json.loads((root / f"{name}-test.json").read_text())
-        random.Random(42).shuffle(rows)             # as the release: 80 % of them for training
-        parts = made[f"{name}-golden-train"] + made[f"{name}-golden-test"]
-        assert [{**r, "golden_response": None} for r in parts] == [
-            {**r, "golden_response": None} for r in rows]
-        assert len(made[f"{name}-golden-train"]) == cut and len(rows) == n
-        assert len({r["golden_response"] for r in parts}) == n          # nobody else's
-    texts = {f: f.read_text() for f in golden}
-    cache = tmp_path / "judge-cache/rank0.jsonl"
-    assert not make(lambda prompt, attempt: "500").calls                # all is paid for
-    assert {f: f.read_text() for f in golden} == texts
-    replies = dict(map(json.loads, cache.read_text().split("\n\n")))
-    assert {r["golden_response"] for part in made.values() for r in part} == {*replies.values()}
-    lines = cache.read_text().split("\n\n")
-    cache.write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])      # killed there
-    for f in golden:
-        f.unlink()
-    server = make(fault)
-    assert len({*server.calls}) == 43               # fails if it starts again
-    assert {f: f.read_text() for f in golden} == texts
-    for prompt in server.calls:
-        assert re.search(r"at School\nThe picture: a fire HC\w+\nWhat would help this person: stay "
-                         r"calm\nThe question: Why \d+ {x}\?\n", prompt), prompt
-        assert fake_reference(prompt) in replies.values()
-    capsys.readouterr()
-    task = file_task("pcogalign", "--task-root", str(root))
-    # Of 40 dialogues 20 and 8, a tenth of each (2 and 1) held out; 10 and 3 are the tests.
-    gone = sum(r["image"]["file_path"] == "images/gone.jpg" for r in made["HCSHR-golden-test"])
-    assert [len(task.splits[s]) for s in tasks.SPLITS] == [18, 3, 7, 10, 3 - gone]
-    assert ("of 3 dialogues left out, no picture" in capsys.readouterr().out) == gone
-    for split, part, row_of in (("sft", "HCMAS-golden-train", 0), ("id", "HCMAS-golden-test", 0),
-                                ("rl", "HCMAS-golden-train", 20)):
-        r, raw = task.splits[split][0], made[part][row_of]
-        assert "Child at Home; Student at School" in r["messages"][0]["content"]
-        assert r["messages"][1]["content"] == f"<image>{raw['query']}"
-        assert r["reference"] == r["messages"][2]["content"] == raw["golden_response"]
-        assert r["judge_notes"] == ("The picture: a fire HCMAS\nThe place: Home\n"
-                                    "What would help this person: stay calm")
 
 
-def test_what_pcogaligns_files_lack_is_named(tmp_path):
-    root = pcogalign_folder(tmp_path / "v4")
-    with pytest.raises(UserError, match="--judge-url and --judge-model go together"):
-        tasks.main(["--make-references", str(root), "--run-root", str(tmp_path)])
-    for part in ("HCMAS-golden-train", "HCMAS-golden-test", "HCSHR-golden-test"):
-        with pytest.raises(UserError, match=f"{part}.json is missing"):
-            file_task("pcogalign", "--task-root", str(root))
-        rows = json.loads((root / f"{part[:5]}-test.json").read_text())
-        (root / f"{part}.json").write_text(json.dumps([{**rows[1], "golden_response": "x"}]))
-    assert len(file_task("pcogalign", "--task-root", str(root)).splits["ood"]) == 1
-    (root / f"{part}.json").write_text(json.dumps(rows[1:2]))
-    with pytest.raises(UserError, match="form of pcogalign .*KeyError.'golden_response'"):
-        file_task("pcogalign", "--task-root", str(root))
 
 
-def test_diversity_by_hand_and_mean_states_without_padding():
-    e = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
-    close(tasks.diversity(e), 3 / (2 * math.sqrt(0.5)))     # cosines .707, 0, .707
-    close(tasks.diversity(e[:1].expand(4, -1)), 1.0)        # all alike
-    agent = tiny_agent()
-    texts = ["a red star", "a bus and a story about it"]
-    means = tasks.backbone_embeddings(agent, 16, texts)
-    for text, mean in zip(texts, means, strict=True):            # padding changes nothing
-        ids = torch.tensor([agent.encoder.tokenizer.encode(text)])
-        x = agent.backbone.model(input_ids=ids, position_ids=torch.arange(
-            ids.shape[1]).expand(3, 1, -1)).last_hidden_state[0]
-        close(mean, x.mean(0))
-    close(tasks.backbone_embeddings(agent, 1, texts), means)            # one at a time
-    assert tasks.backbone_embeddings(agent, 9, ["", "a"]).isfinite().all()
 
 
-def test_evaluated_prompts_are_spread_over_their_split():
-    task = SimpleNamespace(splits={"id": list(range(10)), "ood": [], "valid": [7, 8]})
-    assert tasks.chosen_splits(task, ["id", "ood"], None) == {"id": list(range(10))}
-    chosen = tasks.chosen_splits(task, ["ood", "valid", "id"], 4)
-    assert chosen == {"valid": [7, 8], "id": [0, 2, 5, 7]}
-    assert tasks.n_answers(chosen, {"greedy": (0.0, 1), "sampled": (1.0, 4)}) == 30
 
 
-def test_evaluation_draws_are_keyed_by_the_row():
-    """Whatever other rows stand beside it, in whatever order and batches."""
-    agent, rows = roll()[0], [*ROWS, row("What do you see?", row_id="a"),
-                              row("What do you see?", row_id="b")]
-    def answers(rows, seed=1, tokens_at_once=2 ** 20):
-        groups = tasks.generate(agent, rows, 1.0, 4, 10, seed, tokens_at_once)
-        return {r["id"]: group for r, group in zip(rows, groups, strict=True)}
-    every, decode = answers(rows), agent.encoder.tokenizer.decode
-    ends = agent.encoder.stop_ids.tolist()
-    for group in every.values():
-        assert len(group) == 4
-        for answer in group:
-            assert len(answer["tokens"]) == len(answer["actions"])
-            said = answer["tokens"][:-1] if answer["tokens"][-1] in ends else answer["tokens"]
-            assert decode(said) == answer["text"]
-    for again in (answers(rows[::-1]), answers(rows, tokens_at_once=1)):
-        assert again == every                       # fails if keyed by place
-    for some in (rows[:1], rows[1:4], [rows[4], rows[2]]):
-        assert answers(some) == {r["id"]: every[r["id"]] for r in some}
-    assert every["a"] != every["b"]                 # the same text: fails if the id is no key
-    assert all(group != every[name] for name, group in answers(rows, 2).items())
-    greedy = tasks.generate(agent, rows[3:], 0.0, 2, 10, 1, 2 ** 20)
-    assert len({answer["text"] for group in greedy for answer in group}) == 1
 
 
 def finished_run(root, *flags, max_new_tokens=5) -> Path:
@@ -2886,153 +1392,21 @@ def expected(folder, temperature, n, max_new_tokens, split="id", seed=0, **more)
     return {r["id"]: [answer["text"] for answer in group] for r, group in zip(rows, groups)}
 
 
-def test_an_evaluation_is_under_the_runs_own_limits_and_temperature(tmp_path, capsys):
-    folder = finished_run(tmp_path, "--temperature", "0.6", "--min-p", "0.02")
-    def evaluated(*flags, samples=3, file=folder):
-        tasks.main([str(folder), "--device", "cpu", "--samples", str(samples), "--splits", "id",
-                    *flags])
-        rows = map(json.loads, (file / "predictions.jsonl").read_text().splitlines())
-        parts = tasks.by_split_and_mode(rows)
-        return [{r["id"]: r["answers"] for r in parts[f"id {mode}"]} for mode in ("greedy",
-                                                                                 "sampled")]
-    assert evaluated() == [expected(folder, 0.0, 1, 5), expected(folder, 0.6, 3, 5)]
-    assert expected(folder, 0.6, 3, 5) != expected(folder, 1.0, 3, 5)
-    assert evaluated("--temperature", "1.5", "--max-new-tokens", "9", samples=2) == [
-        expected(folder, 0.0, 1, 9), expected(folder, 1.5, 2, 9)]
-    assert expected(folder, 0.0, 1, 9) != expected(folder, 0.0, 1, 5)
-    assert evaluated("--seed", "7", "--min-p", "0.9")[1] == expected(folder, 0.6, 3, 5, seed=7,
-                                                                     min_p=0.9)
-    before = (folder / "summary.json").read_text()
-    other = tmp_path / "elsewhere"                  # and another task, under the same limits
-    task = write(tmp_path / "other.jsonl", [{**r, "split": "id"} for r in text_rows(2)])
-    got = evaluated("--out", str(other), "--task", task, file=other / folder.name)
-    assert {k: len(v) for k, v in got[1].items()} == {"t0": 3, "t1": 3}
-    second = tmp_path.with_name(f"{tmp_path.name}-second")          # runs of one name in two roots
-    shutil.copytree(tmp_path, second)
-    tasks.main([str(folder), f"{tmp_path}/../{second.name}/tiny/{folder.name}", "--splits", "id",
-                "--out", str(tmp_path / "both"), "--device", "cpu"])
-    for root in (tmp_path, second):
-        assert (tmp_path / "both" / root.name / "tiny" / folder.name / "summary.json").exists()
-    assert (folder / "summary.json").read_text() == before
-    summary = json.loads((other / folder.name / "summary.json").read_text())
-    said = capsys.readouterr().out
-    assert set(summary) == {"id greedy", "id sampled"} and "Reference Overlap" not in said
-    assert {"reward", "best_of_3", "Reference Overlap", "overall"} < set(summary["id sampled"])
-    assert {r["min_p"] for r in summary.values()} == {0.02}
 
 
-def test_an_evaluation_of_nothing_is_an_error(tmp_path, capsys):
-    folder = finished_run(tmp_path)
-    for splits in (["ood"], ["id", "ood"]):         # fails if an empty table is printed, exit 0
-        with pytest.raises(UserError, match="--splits: task task has no prompts in ood"):
-            tasks.main([str(folder), "--device", "cpu", "--splits", *splits])
-    assert not (folder / "summary.json").exists()
-    tasks.main([str(folder), "--device", "cpu", "--max-new-tokens", "2", "--samples", "1", "--out",
-                str(tmp_path)])                     # one answer has no diversity: no error
-    summary = json.loads((tmp_path / folder.name / "summary.json").read_text())
-    assert set(summary) == {"id greedy", "id sampled"}                  # none named: what there is
-    for flags in (["--samples", "0"], ["--samples", "-1"], ["--eval-prompts", "0"],
-                  ["--max-new-tokens", "-1"], ["--max-new-tokens", "0"], ["--temperature", "-1"],
-                  ["--temperature", "nan"], ["--temperature", "inf"], ["--min-p", "1.1"],
-                  ["--min-p", "-0.1"], ["--min-p", "nan"], ["--tokens-at-once", "0"]):
-        with pytest.raises(SystemExit) as end:
-            tasks.main([str(folder), *flags])
-        assert end.value.code == 2
-        assert f"argument {flags[0]}: {flags[1]} does not lie in" in capsys.readouterr().err
-    for argv in ([], [str(folder), "--rescore", "x"], ["--rescore", "x", "--make-references", "y"]):
-        with pytest.raises(UserError, match="name run folders, .* or --rescore FILE, or --make-r"):
-            tasks.main(argv)
 
 
-def test_rl_evaluates_before_and_after_under_its_own_limits_and_temperature(tmp_path, endpoint):
-    """The judge hears every answer. Fails if the evaluation has the task's limit and 1.0."""
-    folder = finished_run(tmp_path)
-    server, _ = endpoint()
-    server.dimensions = tasks.DIMENSIONS
-    flags = ["--run-root", str(tmp_path), "--task", str(tmp_path / "task.jsonl"), "--codes", "16",
-             "--idm-layers", "1", "--policy-layers", "1", "--device", "cpu", "--parent",
-             str(folder), "--judge-url", server.url, "--judge-model", "m", "--steps", "1"]
-    train_rl.main([*flags, "--prompts", "2", "--group-size", "2", "--temperature", "0.6",
-                   "--max-new-tokens", "7", "--lr", "1e-9"])
-    run = tmp_path / "tiny/rl-task-grpo-latent-s0-codes16-idm1-policy1"
-    heard = [re.search(r"<answer>\n(.*)\n</answer>", prompt, re.S)[1] for prompt in server.calls]
-    want = [*expected(folder, 0.0, 1, 7).values(), *expected(folder, 0.6, 4, 7).values()]
-    want = {answer for group in want for answer in group}
-    rolled = len(heard) - len(want)                 # the rest is the step's, each heard once
-    assert want <= {*heard} and 0 < rolled <= 4, (want, heard)
-    config = json.loads((run / "config.json").read_text())
-    resolved = {"max_new_tokens": 7, "min_p": 0, "clip": [0.2, 0.2], "splits": ["id", "ood"],
-                "dtype": "float32", "device": "cpu"}
-    assert resolved == {name: config["args"][name] for name in resolved}
-    report = json.loads((run / "report.json").read_text())["reward"]
-    scores = [fake_score(f"<answer>\n{answer}\n</answer>") / 10
-              for group in expected(folder, 0.6, 4, 7).values() for answer in group]
-    close(report["id sampled"]["before"], sum(scores) / len(scores), 1e-3)
-    page = (run / "report.html").read_text()        # before and after, from the answers it has
-    assert "gain over before" in page and "reward_mean</text>" in page and "Codes" in page
-    for answer, in expected(folder, 0.0, 1, 7).values():
-        assert page.count(html.escape(answer)) >= 2
 
 
 # What a person looks at.
 
 
-@pytest.mark.parametrize("space", ["latent", "token"])
-def test_a_trace_tells_what_each_action_and_its_runner_ups_would_have_given(space):
-    """Held against the policy with that action forbidden, at the first token and a later one."""
-    agent = shake(copy.deepcopy(tiny_agent(space)), 0.1)
-    text, steps = tasks.trace(agent, ROWS[0], 8, temperature=1.0, seed=3)
-    again = tasks.generate(agent, [ROWS[0]], 0.0, 1, 8, 0, 2 ** 14)[0][0]
-    assert "".join(s["token"] for s in steps).startswith(text) and len(steps) <= 8
-    greedy, steps = tasks.trace(agent, ROWS[0], 8)
-    assert greedy == again["text"] and [s["action"] for s in steps] == again["actions"]
-    head, first = agent.policy.head, steps[0]
-    assert all(s["p"] >= s["others"][0][1] >= s["others"][1][1] > 0 for s in steps)
-    if space == "latent":
-        n = len(head.weight)
-        close(sum(p for _, p, _ in tasks.trace(agent, ROWS[0], 8, top=n)[1][0]["others"])
-              + first["p"], 1, 1e-5)
-        head.bias.data[first["action"]] = -math.inf
-        other = tasks.trace(agent, ROWS[0], 8)[1][0]
-        assert (other["action"], other["token"]) == (first["others"][0][0], first["others"][0][2])
 
 
-def test_information_by_hand():
-    close(tasks.information([(0, "x"), (0, "x"), (1, "y"), (1, "y")]), 1)
-    close(tasks.information([(0, "x"), (0, "y"), (1, "x"), (1, "y")]), 0)
-    # H(a) = ln 2, H(a, b) = H(b) + the undecided half: 1/2 ln 2 given x, nothing given y, z
-    close(tasks.information([(0, "x"), (1, "x"), (0, "y"), (1, "z")]), 0.5)
-    close(tasks.information([(0, "x"), (0, "y")]), 0)       # one code has nothing to explain
 
 
-def test_the_atlas_by_hand():
-    rows = {"r": {"id": "r", "persona": "Zed"}, "s": {"id": "s", "persona": "Orla"}}
-    found = tasks.atlas([
-        {"id": "r", "split": "id", "tokens": ["Beep", " boop", ".", " I", " see", "!"],
-         "codes": [1, 1, 0, 0, 2, 0]},
-        {"id": "s", "split": "ood", "tokens": ["Hello", "."], "codes": [2, 0]},
-        {"id": "s", "split": "valid", "tokens": []}], rows)
-    assert list(found["codes"]) == [0, 1, 2]                # by use
-    zero, one, two = found["codes"].values()
-    assert [code["share"] for code in (zero, one, two)] == [
-        {"id": 3 / 6, "ood": 1 / 2, "valid": 0}, {"id": 2 / 6, "ood": 0, "valid": 0},
-        {"id": 1 / 6, "ood": 1 / 2, "valid": 0}]
-    assert zero["tokens"] == [(".", 2 / 4), (" I", 1 / 4), ("!", 1 / 4)]
-    assert zero["persona"] == [("Zed", 3 / 4)] and one["place"] == [("begin", 1.0)]
-    assert one["contexts"] == [("[Beep]", 1 / 2), ("Beep[ boop]", 1 / 2)]
-    assert two["contexts"][0] == ("Beep boop. I[ see]", 1 / 2)
-    assert one["role"] == [("own", 1.0)] and two["role"] == [("neutral", 1.0)]
-    assert zero["role"] == [("plain", 1.0)]                 # marks belong to nobody
-    close([found["word"], found["role"]], [1, 1])           # own words are code 1, neutral ones 2
-    assert tasks.atlas([{"id": "s", "split": "id", "tokens": []}], rows)["codes"] == {}
 
 
-def test_a_chart_by_hand():
-    svg = tasks.svg_lines("<title>", {"a&b": [(0, 1.0), (10, 3.0), (5, math.nan)], "nothing": []})
-    assert 'points="45.0,140.0 305.0,26.0"' in svg and "nothing" not in svg
-    assert "&lt;title&gt;" in svg and "a&amp;b" in svg and svg.count("<circle") == 2
-    assert tasks.svg_lines("t", {"a": [(math.nan, 1)]}) == "" == tasks.svg_lines("t", {})
-    assert tasks.svg_lines("t", {"a": [(1, 1)]}).count("45.0,140.0") == 1       # a single point
 
 
 class Tags(HTMLParser):
@@ -3064,33 +1438,6 @@ class Tags(HTMLParser):
 NASTY = '<script>alert("x")</script> & \u0634\u0643\u0631\u0627 </table><img src=x onerror=y>'
 
 
-@pytest.mark.parametrize("prompts", [0, 1, 30])
-@pytest.mark.parametrize("runs", [1, 2, 6])
-def test_the_page_is_whole_escaped_and_self_contained(prompts, runs):
-    rows = [row(f"<image>{NASTY}" if n % 2 else NASTY, NASTY, [picture()] * (n % 2), f"{n}{NASTY}")
-            | {"reference": NASTY, "persona": NASTY, "group": NASTY} for n in range(prompts)]
-    task = tasks.Task("t", (NASTY,), (0, 1), {"id": rows}, None, 9)
-    reply = f"{NASTY}: [Scores]: (5, 10)"
-    assert task.reward(reply) == 0.5
-    def entry(n):
-        return {"predictions": [{
-            "id": r["id"], "split": "id", "mode": mode, "prompt": r["messages"][:-1],
-            "answers": [NASTY] * k, "reference": NASTY, "replies": [reply, None, "broken"][-k:],
-            "scores": [task.scores(text) for text in [reply, None, "broken"][-k:]],
-            "tokens": [NASTY, "x"], "codes": [3, n], "diversity": 1.5}
-            for mode, k in (("greedy", 1), ("sampled", 3)) for r in rows],
-            "log": [{"step": s, "reward_mean": None if s == 1 else s / 9} for s in range(5)],
-            "idm": {"text": {0: 0.25, 3: 0.75}}, "trace": [
-                {"token": NASTY, "action": 3, "p": 0.5, "others": [(1, 0.25, NASTY)]}]}
-    page = tasks.page(task, NASTY, {f"{n}{NASTY}": entry(n) for n in range(runs)})
-    tags = Tags(page)
-    assert tags.seen["script"] == 0 and tags.seen["svg"] == 1 + bool(prompts)
-    shown = random.Random(0).sample(rows, min(12, prompts))
-    assert tags.seen["img"] == sum(len(r["images"]) for r in shown) and len(page) < 4 * 2 ** 20
-    assert any(NASTY in data for data in tags.words)
-    assert bool(prompts) == ("the token explains" in page)
-    groups = {data for data in tags.words if data.endswith(f", {NASTY}")}      # greedy ones alone
-    assert groups == ({f"id greedy, {NASTY}"} if prompts and runs > 1 else set())
 
 
 def test_a_picture_in_the_page_is_small():
@@ -3099,132 +1446,19 @@ def test_a_picture_in_the_page_is_small():
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (224, 149)
 
 
-def test_one_talks_to_a_run_and_bans_or_forces_its_codes(tmp_path, capsys, monkeypatch):
-    folder = finished_run(tmp_path)
-    picture().save(tmp_path / "p.png")
-    def talked(*flags, said=("Hello?", "And now?")):
-        lines = iter(said)
-        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, ""))
-        tasks.main([str(folder), "--chat", "--device", "cpu", "--max-new-tokens", "6", *flags])
-        return capsys.readouterr().out
-    out = talked("--show-codes", "--image", str(tmp_path / "p.png"), "--system", "Be brief.")
-    answers = re.findall(r"^agent: (.*)", out, re.M)
-    assert len(answers) == 2
-    agent = Agent.from_run(folder, "cpu")
-    history, image = [], Image.open(tmp_path / "p.png")
-    for turn, (said, answer) in enumerate(zip(("<image>Hello?", "And now?"), answers)):
-        want = agent.chat(said, image, "Be brief.", history, max_new_tokens=6)
-        assert want.splitlines()[:1] == answer.splitlines()[:1]
-        history += [{"role": "user", "content": said}, {"role": "assistant", "content": want}]
-    def codes(out):
-        return set(map(int, re.findall(r"^ +(\d+) \d\.\d\d  '", out, re.M)))
-    taken = codes(out)
-    assert taken and taken <= set(range(16))
-    banned = map(str, taken)
-    assert not codes(talked("--show-codes", "--ban", *banned)) & taken
-    assert codes(talked("--show-codes", "--force", "3", "7")) <= {3, 7}
-    assert codes(talked("--show-codes")) == codes(talked("--show-codes")) and not codes(talked())
-    for flags in (["--ban", "16"], ["--force", "-1"], ["--ban", *map(str, range(16))]):
-        with pytest.raises(UserError, match="has 16 codes, counted from 0, of which one must be"):
-            talked(*flags)
-    with pytest.raises(UserError, match="one with --chat"):
-        tasks.main([str(folder), str(folder), "--chat"])
 
 
-def test_an_unusable_row_of_a_task_is_named_before_anything_is_rolled_out(tmp_path):
-    """Fails if rows are looked at when they are reached: the test's come after all of RL."""
-    folder, file = finished_run(tmp_path), tmp_path / "task.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows[-1]["messages"][0]["content"] += "<|im_end|>"
-    write(file, rows)
-    with pytest.raises(UserError, match=f"task.jsonl:{len(rows)}: .*literal <.im_end.>; remove"):
-        train_rl.main(["--run-root", str(tmp_path), "--task", str(file), "--codes", "16",
-                       "--idm-layers", "1", "--policy-layers", "1", "--device", "cpu", "--parent",
-                       str(folder), "--steps", "1"])
-    assert not list(tmp_path.glob("tiny/rl-task-grpo*"))
 
 
-@pytest.mark.parametrize("min_p", [0.02, 0.1, 0.5, 0.9])
-def test_the_floor_of_min_p_is_that_share_of_the_best_probability(min_p):
-    """Values just above and below it: fails with its root or its square for a floor."""
-    p = torch.tensor([[1.0, min_p * 1.001, min_p * 0.999, 0.0],
-                      [min_p * 0.999, min_p * 1.001, 0.0, 1.0]]) / 3
-    want = torch.tensor([[0, 0, -math.inf, -math.inf], [-math.inf, 0, -math.inf, 0]])
-    for shift in (0.0, 5.0):                        # logits are log-probabilities up to a constant
-        assert torch.equal(kit.min_p_bias(p.log() + shift, min_p), want)
 
 
-def test_a_latent_agents_codes_choose_tokens_above_the_backbones_floor_alone():
-    agent = copy.copy(tiny_agent())
-    states, actions = agent.states(collated())[0, :6], torch.arange(6)
-    free = agent.next_token_logits(states, actions)
-    p = (agent.backbone.lm_head(states) + agent.token_bias).softmax(-1)
-    share = p / p.max(-1, keepdim=True).values      # of the backbone's best
-    for n, k in itertools.product(range(6), (1, 3, 20, 100)):
-        edge = share[n].sort(descending=True).values[k].item()
-        for agent.min_p, keeps in ((edge * 0.9999, True), (edge * 1.0001, False)):
-            logits = agent.next_token_logits(states, actions)
-            kept = share >= agent.min_p
-            assert kept[n].sum() >= 0.9 * k and bool(kept[n][share[n] == edge].all()) == keeps
-            assert torch.equal(logits, free.masked_fill(~kept, -math.inf))
-    agent.min_p = 1.0                               # the backbone's best alone
-    assert torch.equal(agent.next_token_logits(states, actions).argmax(-1), p.argmax(-1))
 
 
-def test_identity_is_that_of_the_files_bytes_wherever_they_lie(tmp_path, monkeypatch):
-    def made(place, byte=b"x"):
-        """Identity with data of 3 MiB, which differ in one byte of one file at the most."""
-        (tmp_path / place / "root/deep").mkdir(parents=True, exist_ok=True)
-        for name in ("p.jsonl", "t.jsonl", "task.jsonl", "root/deep/a.json", "root/b.json"):
-            data = bytearray(3 * 2 ** 20)
-            data[-1 if name == changed else 0] = (byte if name == changed else b"x")[0]
-            (tmp_path / place / name).write_bytes(data)
-        monkeypatch.chdir(tmp_path / place)
-        flags = ["--paired", "p.jsonl", "--text", "t.jsonl", "--task", "task.jsonl"]
-        args = parsed(train_rl, *flags)
-        found = tasks.identity(args, "paired", "text", "task")
-        args = parsed(train_rl, "--task", "mmrole", "--task-root", "root")
-        return {**found, "mmrole": tasks.identity(args, "task")["task"]}
-    for changed, key in (("p.jsonl", "paired"), ("t.jsonl", "text"), ("task.jsonl", "task"),
-                         ("root/deep/a.json", "mmrole"), ("root/b.json", "mmrole")):
-        here, there, other = made("here"), made("far/there"), made("here", b"y")
-        assert here == there
-        assert {k for k in here if here[k] != other[k]} == {key}
-    args = parsed(train_rl)
-    mini_ = tasks.identity(args, "paired", "text", "task")
-    assert mini_ == {"codes": 3, "idm_layers": 2, "policy_layers": 2, "without": [],
-                     "image_tokens": "4",
-                     **dict.fromkeys(("paired", "text", "task"), f"mini {tasks.MINI_VERSION}")}
-    assert "task" not in tasks.identity(args, "paired", "text")
-    monkeypatch.setattr(tasks, "MINI_VERSION", 0)
-    assert {k for k, v in tasks.identity(args, "paired", "text", "task").items()
-            if v != mini_[k]} == {"paired", "text", "task"}
-    for flags in (["--paired", "p.jsonl"], ["--model", "other"]):       # none, so not mini's
-        assert tasks.identity(parsed(train_rl, *flags), "text")["text"] is None
 
 
 # ---- README.md -------------------------------------------------------------------------------
 
 
-def test_readme_names_functions_and_flags_that_exist():
-    text, scripts = (HERE / "README.md").read_text(encoding="utf-8"), {
-        "model.py": kit, "train_projector.py": stage1, "train_idm.py": train_idm,
-        "train_bc.py": train_bc, "train_rl.py": train_rl, "eval.py": tasks}
-    table = text.split("## Which function")[1].split("Imports go one way")[0]
-    cells = [line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ")][1:]
-    for cell in cells:
-        module = None
-        for name in re.findall(r"`([^`]+)`", cell):
-            if name in scripts:
-                module = scripts[name]
-            else:
-                functools.reduce(getattr, name.split("."), module)
-    commands = re.findall(r"(?:python|torchrun).*? (\w+\.py)(.*)", text.replace("\\\n", " "))
-    assert len(cells) > 20 and len(commands) > 40
-    for script, rest in commands:
-        if script in scripts:
-            known = scripts[script].arguments()._option_string_actions
-            assert set(re.findall(r"(?<!\S)--[a-z-]+", rest.split("`")[0])) <= set(known), rest
 
 
 def test_readmes_lines_turn_the_papers_sources_into_rows(tmp_path, monkeypatch):
@@ -3298,95 +1532,12 @@ def trainable(*names):
     return agent
 
 
-def test_idm_report_tells_what_noise_on_the_embeddings_changes(monkeypatch):
-    held, agent = {"id": examples()[:1], "text": examples()[1:2]}, tiny_agent()
-    for noise, same in ((0.0, True), (9.0, False)):
-        monkeypatch.setattr(train_idm, "NOISE", noise)
-        report, shares = train_idm.idm_report(agent, held, 999)
-        assert set(report) == {"id", "text", "text, no P"} == set(shares)
-        for row_ in report.values():
-            assert (row_["kept"] == 1 and row_["IDM"] == row_["IDM, noise"]) == same
-            assert same or row_["kept"] < 0.9
 
 
-def test_held_out_reports_by_brute_force():
-    """Of an image row and a text row: what the README's figures of the stages rest on."""
-    agent, held = tiny_agent(), {"id": examples()[:1], "text": examples()[1:2]}
-    squared, inferred = stage1.projector_report(agent, held, 999), train_idm.idm_report(
-        agent, held, 999)[0]
-    cloned = train_bc.bc_report(agent, held, 999)
-    P, Q = agent.projector.P, agent.projector.P_inv
-    for name, batch in (("id", collated(ROWS[:1])), ("text", collated(ROWS[1:2]))):
-        e, e_t = agent.embeddings(batch)[0], agent.text_embeddings(batch)[0]
-        states, where = agent.states(batch)[0], batch.predicts[0].nonzero()[:, 0].tolist()
-        seen = batch.seen_image[0] if name == "id" else batch.real[0]
-        wanted = {"cycle": Q.mu(P.mu(e_t[seen])) - e_t[seen]}
-        if name == "id":
-            wanted |= {"P": P.mu(e_t[seen]) - e[seen], "P'": Q.mu(e[seen]) - e_t[seen],
-                       "identity": e_t[seen] - e[seen]}
-        assert squared[name].keys() == wanted.keys()
-        close([squared[name][key] for key in wanted], [d.square().mean() for d in wanted.values()])
-        codes, hits, ce = [], [], {"IDM": [], "backbone": [], "mixture": []}
-        for t in where:
-            positions, x = torch.arange(t + 2)[None], batch.tokens[0, t + 1]
-            codes.append(int(agent.idm(states[None, :t + 2], positions)[0, -1].argmax()))
-            pi = agent.policy(states[None, :t + 1], positions[:, :-1])[0, -1].double().softmax(-1)
-            hits.append(float(pi.argmax() == codes[-1]))
-            p = agent.next_token_logits(states[t].expand(16, -1), torch.arange(16))
-            p = p.double().softmax(-1)
-            base = (agent.backbone.lm_head(e[t]) + agent.token_bias).double().softmax(-1)
-            for key, chance in (("IDM", p[codes[-1], x]), ("mixture", pi @ p[:, x]),
-                                ("backbone", base[x])):
-                ce[key].append(-chance.log())
-        wanted = {key: torch.stack(values).mean() for key, values in ce.items()}
-        generator = torch.Generator().manual_seed(0)
-        permuted = torch.tensor(codes)[torch.randperm(len(codes), generator=generator)]
-        drawn = torch.randint(16, (len(codes),), generator=generator)
-        for key, others in (("shuffled", permuted), ("random", drawn)):
-            wanted[key] = torch.stack([-agent.next_token_logits(states[t][None], code[None])[0]
-                                       .double().log_softmax(-1)[batch.tokens[0, t + 1]]
-                                       for t, code in zip(where, others)]).mean()
-        close([inferred[name][key] for key in ("IDM", "backbone", "shuffled", "random")],
-              [wanted[key] for key in ("IDM", "backbone", "shuffled", "random")], 1e-4)
-        close([cloned[name][key] for key in ("policy x world", "base", "accuracy")],
-              [wanted["mixture"], wanted["backbone"], np.mean(hits)], 1e-4)
-        assert inferred[name]["codes_used"] == len(set(codes))
 
 
-def test_reach_by_brute_force():
-    """Fails if unreached tokens count as passed over, or if prompts' tokens count."""
-    agent, tokens, misses = tiny_agent(), 0, Counter()
-    said = rollout(agent, examples(ROWS[:2], prompt=True), 4, 6, 2.0, [0, 1]).texts
-    rows = [{**row_, "messages": [*row_["messages"][:-1], {"role": "assistant", "content": text}]}
-            for row_, text in zip((*ROWS[:1] * 4, *ROWS[1:2] * 4), said)]   # codes give most of it
-    for row_ in rows:
-        batch = agent.encoder.collate([agent.encoder.encode(row_)])
-        states, start = agent.states(batch)[0], int(agent.encoder.collate(
-            [agent.encoder.encode(row_, prompt=True)]).text_lengths)
-        for t in range(start - 1, int(batch.text_lengths) - 1):
-            pi = agent.policy(states[None, :t + 1], torch.arange(t + 1)[None])[0, -1]
-            given = agent.next_token_logits(states[t].expand(16, -1), torch.arange(16)).argmax(-1)
-            given, tokens = (given == batch.tokens[0, t + 1]).tolist(), tokens + 1
-            misses["unreached"] += not any(given)
-            misses["passed_over"] += any(given) and not given[int(pi.argmax())]
-    assert min(misses.values()) > 3 and sum(misses.values()) < tokens - 3
-    for budget in (1, 999):
-        assert tasks.reach(agent, rows, budget) == pytest.approx(
-            {name: n / tokens for name, n in misses.items()})
 
 
-def test_a_batch_without_any_term_has_a_loss_of_zero_that_can_be_differentiated():
-    """Text-only rows among the paired ones in step 1; rows without a response in SFT."""
-    agent, batch = trainable("projector", "policy", "world"), collated(ROWS[1:2])
-    losses = stage1.projector_losses(agent, batch, agent.embeddings(batch).detach(), False)
-    sum(losses.values()).backward()
-    assert losses == {"loss_paired": 0, "loss_cycle": 0}
-    batch = agent.encoder.collate([agent.encoder.encode(ROWS[1], prompt=True, responses_only=True)])
-    for kind, (_, trains, losses) in train_bc.KINDS.items():
-        agent = agent.make_token_policy() if kind in ("token", "lm") else trainable(*trains)
-        loss, hits = losses(agent, batch)
-        loss.sum().backward()
-        assert len(loss) == len(hits) == 0
 
 
 # ---- train_idm.py ----------------------------------------------------------------------------
@@ -3426,79 +1577,17 @@ def inverse_losses(agent, rows=ROWS):
     return batch, noise, train_idm.inverse_losses(agent, batch, agent.states(batch), noise)
 
 
-def test_inverse_losses_by_brute_force_and_in_any_batch_split():
-    agent = tiny_agent()
-    batch, noise, (ce, entropy, codes) = inverse_losses(agent)
-    states, where = agent.states(batch), batch.predicts.nonzero().tolist()
-    for k, (b, t) in enumerate(where):              # the code has seen states up to t + 1 only
-        logits = agent.idm(states[b:b + 1, :t + 2], torch.arange(t + 2)[None])[0, -1]
-        code = (logits + noise[b, t]).argmax()
-        x = agent.backbone.lm_head(agent.world(states[b, t], agent.codebook.weight[code]))
-        x = x + agent.token_bias                    # fails if vision tokens are not masked
-        close(ce[k], F.cross_entropy(x, batch.tokens[b, t + 1]), 1e-4)
-        close(entropy[k], (logits.softmax(-1) * logits.log_softmax(-1)).sum(), 1e-4)
-        assert codes[k] == code
-    assert len(where) == len(ce)
-    close(torch.cat([inverse_losses(agent, [r])[2][0] for r in ROWS]), ce, 1e-4)
-    assert kit.token_counts(train_idm.inverse_masks([batch])) == {
-        "ce_paired": batch.predicts[[0, 2]].sum(), "ce_text": batch.predicts[1].sum()}
 
 
-def test_inverse_loss_by_hand():
-    """Two paired tokens and three of text-only rows, of 4 and 10 on all ranks."""
-    ce = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
-    neg_entropy = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
-    paired = torch.tensor([True, False, False, True, False])
-    counts = {"ce_paired": 4.0, "ce_text": 10.0}
-    loss = train_idm.inverse_loss(ce, neg_entropy, paired, counts)
-    close(loss, 5 / 4 + 10 / 10 - 1e-3 * (5 / 4 + 10 / 10), 1e-6)       # fails if pooled: 15 / 14
-    on_ce, on_entropy = gradients(loss, [ce, neg_entropy])
-    close(on_ce, [1 / 4, 1 / 10, 1 / 10, 1 / 4, 1 / 10], 1e-6)
-    close(on_entropy, 1e-3 * on_ce, 1e-9)           # entropy is to grow
-    for some in (paired, ~paired):                  # any split adds up, a kind that is absent too
-        loss = loss - train_idm.inverse_loss(ce[some], neg_entropy[some], paired[some], counts)
-    close(loss, 0.0, 1e-6)
 
 
-def test_inverse_loss_reaches_idm_codebook_and_merge_only():
-    agent = trainable("idm", "codebook", "world", "projector")
-    inverse_losses(agent)[2][0].sum().backward()
-    for name, p in agent.named_parameters():        # fails if states are not detached
-        trained = name.split(".")[0] in ("idm", "codebook", "world")
-        assert (p.grad is not None and bool(p.grad.any())) == trained, name
 
 
 # ---- train_bc.py -----------------------------------------------------------------------------
 
 
-def test_cloning_loss_and_sft_losses_by_brute_force():
-    close(train_bc.cloning_loss(torch.tensor([[math.log(3), 0.0]] * 2), torch.tensor([0, 1])),
-          [-math.log(0.75), -math.log(0.25)])
-    agent, batch = tiny_agent(), collated()
-    states, (at, targets) = agent.states(batch), batch.labelled()
-    codes = agent.idm_logits(states)[at].argmax(-1)                     # noise-free
-    loss, hits = train_bc.KINDS["clone"][2](agent, batch)
-    logits = agent.policy(states, kit.text_positions(states))[:, :-1][at]     # at t, not t + 1
-    close(loss, F.cross_entropy(logits, codes, reduction="none"))
-    assert torch.equal(hits, logits.argmax(-1) == codes)
-    loss, hits = train_bc.KINDS["release"][2](agent, batch)
-    assert (logits.argmax(-1) != codes).any()       # the policy's codes, not the IDM's
-    x = agent.world(states[:, :-1][at], agent.codebook(logits.argmax(-1)))
-    close(loss, F.cross_entropy(agent.backbone.lm_head(x) + agent.token_bias, targets,
-                                reduction="none"), 1e-4)
-    assert torch.equal(hits, loss < math.log(2))
 
 
-def test_the_untrained_token_policy_is_the_base_model():
-    agent, batch = copy.deepcopy(tiny_agent()).make_token_policy(), collated(ROWS[:1])
-    logits = agent.backbone.lm_head(full_pass(examples()[0])[0][-1][0]) + agent.token_bias
-    at, targets = batch.labelled()
-    want = logits.log_softmax(-1)[batch.text_index[0, :-1][at[0]]][range(len(targets)), targets]
-    loss, hits = train_bc.KINDS["token"][2](agent, batch)
-    close(loss, -want)
-    assert torch.equal(hits, loss < math.log(2))
-    agent.policy.head.weight.data += 1              # an untied copy: the backbone keeps its own
-    assert not torch.equal(agent.policy.head.weight, agent.backbone.lm_head.weight)
 
 
 # ---- train_rl.py -----------------------------------------------------------------------------
@@ -3539,27 +1628,6 @@ def test_beta_weights_by_hand_and_their_guards():
     assert train_rl.advantages(edge[:, None].expand(4, 3), "beta")[0].abs().max() == 0
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_action_statistics_equal_brute_force_in_any_chunk(masked):
-    torch.manual_seed(0)
-    new, ref = (type("Policy", (), {"head": nn.Linear(8, 11)}) for _ in range(2))
-    x, ref_x = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8)
-    actions, bias, n = torch.arange(7), torch.zeros(11), 9 if masked else 11
-    bias[n:] = -math.inf
-    p, q = (F.softmax(net.head(h)[:, :n] / 0.7, -1) for net, h in ((new, x), (ref, ref_x)))
-    want = [p[range(7), actions].log(), -(p * p.log()).sum(-1), q[range(7), actions].log(),
-            (p * (p.log() - q.detach().log())).sum(-1)]
-    params = [x, *new.head.parameters()]
-    for chunk in (1, 33, 2 ** 24):
-        got = action_statistics(new, x, actions, 0.7, bias, ref, ref_x, chunk)
-        for a, b in zip(got, want, strict=True):
-            close(a, b)
-        for k in (0, 1, 3):
-            for a, b in zip(gradients(got[k].sum(), params), gradients(want[k].sum(), params)):
-                close(a, b)
-        assert not got[2].requires_grad             # the reference is not trained
-    assert action_statistics(new, x, actions, 0.7, bias)[2:] == (None, None)
-    assert action_statistics(new, x[:0], actions[:0])[0].shape == (0,)
 
 
 def test_surrogate_kl_weights_and_overlong_by_hand():
@@ -3600,19 +1668,6 @@ def entries(algo, *flags, ranks=1) -> dict:
             for name in vars(train_rl.ALGORITHMS[algo]) for value in [getattr(args, name)]}
 
 
-def test_flags_override_the_algorithms_row():
-    for algo, usual in train_rl.ALGORITHMS.items():
-        assert entries(algo) == vars(usual)
-    got = entries("dapo", "--extras", "overlong", "--beta", "0.1", "--scale", "none")
-    assert got == vars(train_rl.Algorithm("none", (0.2, 0.28), "tokens", 0.1, ("overlong",)))
-    got = entries("dapo", "--extras", "--clip", "0.1", "0.3", "--aggregate", "sum")
-    assert got == vars(train_rl.Algorithm("group", (0.1, 0.3), "sum", 0.0, ()))
-    assert entries("grpo", "--beta", "0")["beta"] == 0      # fails if what is false is not given
-    with pytest.raises(UserError, match="another support than is scored"):
-        entries("grpo", "--action-space", "token", "--min-p", "0.1")
-    args = parsed(train_rl, "--algo", "dapo")
-    train_rl.fill_algorithm(args)                   # config.json holds what was resolved
-    assert json.loads(json.dumps(vars(args)))["clip"] == args.clip == [0.2, 0.28]
 
 
 def test_more_ranks_than_prompts_are_refused():
@@ -3636,25 +1691,8 @@ def test_rewards_near_the_references_use_the_whole_of_bnpos_range(tmp_path, monk
     close(train_rl.advantages(equal, "beta", task.bounds), torch.tensor([[-0.05, 0.05]] * 3))
 
 
-def test_prompts_run_through_every_row_once_an_epoch():
-    p, again = (train_rl.Prompts([{"id": i} for i in range(5)], 3) for _ in range(2))
-    ids = [r["id"] for n in (2, 3, 4, 1) for r in p.next(n)]
-    assert sorted(ids[:5]) == sorted(ids[5:]) == list(range(5)) and ids[:5] != ids[5:]
-    again.load_state_dict({"cursor": 4})            # of a checkpoint
-    assert [r["id"] for r in again.next(6)] == ids[4:] and again.state_dict() == p.state_dict()
-    p.load_state_dict({"cursor": 2})                # back into an epoch that is over
-    assert [r["id"] for r in p.next(8)] == ids[2:]
 
 
-def test_drawing_prompts_costs_next_to_nothing():
-    """Fails if all 20,000 are shuffled for each one: 90 ms a step."""
-    prompts, times = train_rl.Prompts([{"id": i} for i in range(20_000)], 0), []
-    ids = {r["id"] for r in prompts.next(1)}        # the epoch's one shuffle
-    for _ in range(50):
-        began = time.perf_counter()
-        ids |= {r["id"] for r in prompts.next(8)}
-        times.append(time.perf_counter() - began)
-    assert sorted(times)[25] < 0.003 and len(ids) == 401
 
 
 class Recorder(torch.optim.SGD):
@@ -3692,216 +1730,24 @@ def update(r, rewards, algo, *flags, drop=(), lr=0.0, steps=None, agent=None, pa
     return optimizer.steps, figures, reference
 
 
-def test_the_tenth_gradient_that_is_not_finite_names_the_prompts():
-    agent = with_modules(tiny_agent(), policy=copy.deepcopy(tiny_agent().policy))
-    agent.policy.norm.weight.data[0] = NAN
-    rewards = torch.tensor([[0.1, 0.9, 0.4]] * 3)
-    with pytest.raises(UserError, match="ten non-finite steps.*'front', 'text', 'two'"):
-        update(roll()[1], rewards, "dr_grpo", agent=agent, skipped=9)
 
 
-@pytest.mark.parametrize("algo", list(train_rl.ALGORITHMS))
-def test_update_gradient_equals_the_papers_formula_written_out(algo):
-    """One failed judgement, one prompt dropped by DAPO; one full pass of the policy an answer.
-    Fails if the failed answer stays in the mask, or if another term is aggregated otherwise."""
-    r, drop = roll()[1], (2,) if algo == "dapo" else ()
-    rewards = torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.2, 0.2]])
-    (got,), figures, reference = update(r, rewards, algo, drop=drop)
-    beta = 0.01 if algo == "grpo" or "released" in algo else 0.0
-    assert figures["ratio_error"] < 1e-4 and (figures.get("kl", 0) > 0) == ("kl" in figures) \
-        == (beta > 0)
-    (small,), *_ = update(r, rewards, algo, drop=drop,
-                          parts=[(r.select([i]), [i]) for i in range(3)])
-    for n, g in small.items():
-        close(g, got[n], 1e-4)                      # any split into micro-batches: same gradient
-    policy = copy.deepcopy(tiny_agent().policy).requires_grad_(True)
-    total, used, tokens, p = 0.0, 0, 0, rewards.nanmean(1)
-    for n in range(9):
-        i, k = n // 3, int(r.mask[n].sum())
-        if rewards.view(-1)[n].isnan() or i in drop:
-            continue
-        A = rewards.view(-1)[n] - p[i]
-        if algo not in ("dr_grpo", "bnpo"):         # fails if the release's rows are not scaled
-            A = A / (rewards[i][~rewards[i].isnan()].std() + 1e-4)
-        if algo == "bnpo":
-            A = A * train_rl.beta_weights(p[i].view(1, 1), p)[0, 0]
-        x = torch.cat([r.prompt[i][r.prompt_mask[i]], r.inputs[n, :k]])[None]
-        pi, ref = (F.log_softmax(net(x, kit.text_positions(x))[0, -k:] / 0.7, -1)
-                   [range(k), r.actions[n, :k]] for net in (policy, reference))
-        d = ref.detach() - pi
-        # At ratio 1 the surrogate's gradient is the policy gradient -A grad log pi.
-        loss = -A * pi + beta * (d.exp() - d - 1)
-        name = algo.removesuffix("_released")
-        total += {"grpo": loss.mean(), "dr_grpo": loss.sum() / 10}.get(name, loss.sum())
-        used, tokens = used + 1, tokens + k
-    total = total / (tokens if algo.startswith("dapo") or algo == "bnpo_released" else used)
-    names, params = zip(*policy.named_parameters())
-    want = gradients(total, params)
-    norm = math.sqrt(sum(float(g.square().sum()) for g in want))
-    close(figures["grad_norm"], norm, 2e-4)
-    for n, g in zip(names, want):
-        close(got[n], g / max(1.0, norm), 2e-4)     # clipped to norm 1
 
 
-def test_update_steps_once_for_each_inner_epoch():
-    """At a learning rate of 0 each pass has the first one's gradient."""
-    r, rewards = roll()[1], torch.tensor([[0.1, 0.9, 0.4], [0.5, NAN, 0.7], [0.2, 0.3, 0.2]])
-    (want,), *_ = update(r, rewards, "grpo")
-    steps, *_ = update(r, rewards, "grpo", "--inner-epochs", "3")
-    assert len(steps) == 3
-    for step in steps:
-        for n, g in step.items():
-            close(g, want[n], 1e-4)
 
 
-@pytest.mark.parametrize("space,dtype", [
-    ("latent", torch.float32), ("token", torch.float32), ("latent", torch.bfloat16)], ids=str)
-def test_the_first_ratio_of_every_token_is_exactly_one(space, dtype):
-    """A clip range of no width counts each token whose ratio is not 1, be it by rounding. Fails if
-    the rollout's own log-probs are the old ones."""
-    agent = copy.deepcopy(tiny_agent(space))
-    agent.backbone.to(dtype)
-    agent.train_only()
-    shake(agent.policy.float(), 0.1)
-    r, rewards = rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7]), torch.tensor(
-        [[0.1, 0.9, 0.4], [0.5, 0.2, 0.7], [0.2, 0.3, 0.2]])
-    def figures(*flags, **more):
-        return update(r, rewards, "dr_grpo", "--clip", "0", "0", "--action-space", space, *flags,
-                      agent=agent, **more)[1]
-    assert figures()["clip_fraction"] == 0
-    assert figures("--inner-epochs", "3")["clip_fraction"] == 0         # nothing moves the policy
-    assert figures()["ratio_error"] > 0             # the rollout's are not the same to the bit
-    moved = figures("--inner-epochs", "2", lr=0.3)["clip_fraction"]     # some in the second pass
-    assert 0.1 < moved < 0.6, moved
 
 
-@pytest.mark.parametrize("dtype,low,high", [(torch.float32, 0.8e-4, 1.2e-4),
-                                            (torch.bfloat16, 0.01, 0.03)], ids=str)
-def test_a_rollout_of_another_policy_is_refused_before_any_step(dtype, low, high):
-    agent = copy.deepcopy(tiny_agent())
-    agent.backbone.to(dtype)
-    agent.train_only()
-    agent.policy.float()
-    r, rewards = rollout(agent, examples(prompt=True), 3, 10, 0.7, [5, 6, 7]), torch.rand(3, 3)
-    logps, one = r.logps, torch.zeros_like(r.logps)
-    one[0, 0] = r.mask.sum()                        # far off, but a single token
-    for r.logps in (logps + low, logps - low, logps + low * one):
-        _, figures, _ = update(r, rewards, "grpo", agent=agent)
-        assert figures["ratio_error"] > 0.5 * (r.logps - logps).max()   # the largest is logged
-    for r.logps in (logps + high, logps - high, logps + high * one):
-        for flags in ([], ["--inner-epochs", "2"]):
-            steps = []
-            with pytest.raises(AssertionError, match="log-probs of rollout and update differ"):
-                update(r, rewards, "grpo", *flags, agent=agent, steps=steps)
-            assert not steps                        # fails if it is looked at afterwards
 
 
-def test_the_mean_distance_of_a_rollout_decides():
-    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
-        train_rl.check_rollout(dtype, {"d": limit * 99, "n": 100})
-        train_rl.check_rollout(dtype, {"d": 0.0, "n": 0.0})
-        with pytest.raises(AssertionError, match="the two disagree"):
-            train_rl.check_rollout(dtype, {"d": limit * 101, "n": 100})
 
 
-def test_kl_gradients_are_those_the_docstring_says():
-    """k3's pathwise gradient is that of KL(ref || pi), the exact one's that of KL(pi || ref)."""
-    torch.manual_seed(0)
-    policy = type("Policy", (), {"head": nn.Linear(4, 5)})
-    ref, x = copy.deepcopy(policy.head), torch.randn(5, 4)
-    shake(ref, 0.5)
-    (h,), actions, params = x[:1], torch.arange(5), list(policy.head.parameters())
-    log_pi, log_ref = policy.head(h).log_softmax(-1), ref(h).log_softmax(-1).detach()
-    # one state five times, each action once, weighted by its probability: the mean over policy
-    logp, _, ref_logp, exact = action_statistics(policy, h.expand(5, -1), actions, 1.0, None,
-                                                 type("Policy", (), {"head": ref}), h.expand(5, -1))
-    weights = log_pi.exp().detach()
-    reverse, forward = (log_ref.exp() * (log_ref - log_pi)).sum(), \
-        (log_pi.exp() * (log_pi - log_ref)).sum()
-    estimate = (weights * train_rl.k3(logp, ref_logp)).sum()
-    close(estimate, forward)                        # their values agree
-    for got, want in ((estimate, reverse), (exact[0], forward)):
-        for a, b in zip(gradients(got, params), gradients(want, params)):
-            close(a, b)                             # fails if d is taken the other way round
-    assert (gradients(forward, params)[0] - gradients(reverse, params)[0]).abs().max() > 1e-3
 
 
-def test_update_without_signal_is_quiet():
-    r = roll()[1]
-    for algo in ("dapo", "bnpo", "grpo"):
-        steps, figures, _ = update(r, torch.full((3, 3), NAN), algo)
-        assert not figures                          # as in a step that keeps no group
-        assert not steps                            # fails if AdamW's momentum moves the policy
 
 
-def test_play_judges_masks_failures_and_adds_the_overlong_term_apart():
-    agent, task = roll()[0], tasks.Task("t", ("d",), (0, 1), {}, None, 10)
-    asked_ = []
-
-    def judge(rows, answers):
-        asked_.extend((r["id"], answer) for r, answer in zip(rows, answers, strict=True))
-        return [None if n == 4 else f"d: x [Scores]: ({n}, 10)" for n in range(len(answers))]
-    task.judge = judge
-    want = torch.tensor([n / 10 for n in range(9)])
-    want[4] = NAN
-    for algo, flags in (("dapo", []), ("grpo", []), ("dapo", ["--tokens-at-once", "1"])):
-        asked_.clear()
-        args = parsed(train_rl, "--algo", algo, "--group-size", "3", *flags)
-        train_rl.fill_algorithm(args)
-        parts, groups = train_rl.play(agent, task, ROWS[::-1], [4, 1, 7], args, (0,))
-        assert [place for _, places in parts for place in places] == [4, 1, 7] == list(groups)
-        assert len(parts) == (3 if flags else 1)
-        assert asked_ == [(group["id"], text) for group in groups.values()
-                          for text in group["texts"]]
-        assert [group["id"] for group in groups.values()] == [r["id"] for r in ROWS[::-1]]
-        rewards, shaped, lengths = (torch.cat([group[name] for group in groups.values()])
-                                    for name in ("rewards", "shaped", "lengths"))
-        close(rewards.nan_to_num(-9), want.nan_to_num(-9))
-        assert torch.equal(lengths, torch.cat([r.mask.sum(1) for r, _ in parts]))
-        extra = train_rl.overlong_punishment(lengths, 10) * (algo == "dapo")
-        assert (extra.min() < 0) == (algo == "dapo")    # fails if it enters the task's reward
-        close((shaped - rewards)[~want.isnan()], extra[~want.isnan()])
-        codes = sum(group["actions"] for group in groups.values())
-        assert torch.equal(codes, sum(torch.bincount(r.actions[r.mask], minlength=16)
-                                      for r, _ in parts))
 
 
-@pytest.mark.parametrize("dynamic,varied,want,rounds", [
-    ("off", (), [0, 1, 2], 1), ("on", (3, 6, 7, 8), [3, 6, 7], 3), ("on", (1, 11, 12), [1, 11], 4),
-    ("on", (), [], 4)])
-def test_collect_keeps_varied_groups_and_refills(capsys, dynamic, varied, want, rounds):
-    """Three prompts a round, at most four rounds; the surplus is cut, a shortage trains on less."""
-    extras = ["overlong"] + ["dynamic-sampling"] * (dynamic == "on")
-    args = parsed(train_rl, "--algo", "dapo", "--prompts", "3", "--group-size", "2", "--extras",
-                  *extras)
-    train_rl.fill_algorithm(args)
-    agent = roll()[0]
-    rows = [row("What do you see?", row_id=f"{i}") for i in range(20)]
-    order = [r["id"] for r in train_rl.Prompts(rows, 0).next(13)]
-
-    def judge(rows, answers):                       # the second answer is better if it varies
-        return [f"d: x [Scores]: ({10 * (n % 2 and order.index(r['id']) in varied)}, 10)"
-                for n, r in enumerate(rows)]
-    task = tasks.Task("t", ("d",), (0, 1), {}, judge, 10)
-    prompts = train_rl.Prompts(rows, 0)
-    parts, groups, kept = train_rl.collect(agent, task, prompts, args, 5)
-    assert list(kept) == want and prompts.cursor == len(groups) == 3 * rounds == 3 * len(parts)
-    assert [place for _, places in parts for place in places] == list(groups) == list(range(
-        3 * rounds)) and [group["id"] for group in groups.values()] == order[:3 * rounds]
-    assert ("of 12 groups" in capsys.readouterr().out) == (dynamic == "on" and len(want) < 3)
-    for place, group in groups.items():
-        assert train_rl.varies(group["rewards"]) == (place in varied)
-    assert any(train_rl.varies(group["shaped"]) for place, group in groups.items()
-               if place not in varied)              # fails if the filter looks at these
-    assert len({tuple(group["texts"]) for group in groups.values()}) == len(groups)
-    again = train_rl.collect(agent, task, train_rl.Prompts(rows, 0), args, 6)[1]
-    assert all(again[p]["texts"] != group["texts"] for p, group in groups.items())  # step by step
-    batches = train_rl.training_batches(parts, kept, args, task.bounds) if kept else []
-    assert torch.equal(torch.cat([A for _, _, A, _ in batches] or [torch.zeros(0)]), torch.cat(
-        [train_rl.advantages(groups[p]["shaped"][None], "group")[0] for p in want]
-        or [torch.zeros(0)]))
-    for r, some, A, mask in batches:
-        assert torch.equal(mask, r.select(some).mask) and len(mask) == len(A)
 
 
 def test_step_figures_by_hand():
@@ -3923,31 +1769,8 @@ def test_step_figures_by_hand():
     assert nothing["zero_variance"] == 1
 
 
-def test_a_step_of_which_nothing_was_judged_has_no_reward_in_the_log(tmp_path):
-    """Fails if it is logged as 0, or as NaN, which is no JSON."""
-    group = {"rewards": torch.full((2,), NAN), "lengths": torch.tensor([3, 5]), "texts": ["a", "b"],
-             "finished": torch.tensor([True, False]), "actions": torch.tensor([4, 4])}
-    run = fresh_run(tmp_path)
-    run.resume({})
-    run.log(0, train_rl.step_figures({0: group, 1: group}, "latent"), "reward_mean")
-    (line,) = (run.folder / "log.jsonl").read_text().splitlines()
-    logged = json.loads(line, parse_constant=pytest.fail)
-    assert logged["reward_mean"] is None and logged["reward_std"] is None
-    assert logged["judge_failed"] == 4 and logged["zero_variance"] == 1
 
 
-def test_a_step_that_could_mostly_not_be_judged_stops():
-    def groups(*rewards):
-        return {n: {"rewards": torch.tensor(r)} for n, r in enumerate(rewards)}
-    for fine in (groups([0.0, 0.0]), groups([NAN, 0.1], [0.2, NAN]), groups([NAN, NAN], [1.0, 2.0]),
-                 groups([NAN] * 4, [1.0] * 4)):     # half of them is not most
-        train_rl.refuse_unjudged(3, fine)
-    for bad, count in ((groups([NAN, NAN]), "2 of 2"), (groups([NAN, NAN], [1.0, NAN]), "3 of 4"),
-                       (groups([0.0] * 3, [NAN] * 3, [NAN, NAN, 1.0]), "5 of 9")):
-        with pytest.raises(UserError, match=f"step 3: {count} answers could not be judged; see to "
-                                            "the judge, then run the same command again") as error:
-            train_rl.refuse_unjudged(3, bad)
-        assert not hasattr(error.value, "status")   # status 2
 
 
 # Tests that fail at the moment, one a bug; each belongs beside its neighbours of b.py once mended.
@@ -3977,42 +1800,12 @@ def test_bug_a_reply_that_loops_on_white_space_is_refused_at_once(reply):
     assert tasks.parse_reply(reply, ("d",)) is None and time.perf_counter() - began < 0.5
 
 
-@pytest.mark.parametrize("line", ["[1]", "1", '{"dimensions": 5}', '{"dimensions": ["a"], "split": '
-                                  '"a", "mode": "b", "answers": ["x"], "replies": [5]}'])
-def test_bug_rescore_of_another_json_file_is_a_user_error(tmp_path, line):
-    (tmp_path / "x.jsonl").write_text(line)
-    with pytest.raises(UserError, match="cannot be read"):
-        tasks.rescore(str(tmp_path / "x.jsonl"))
 
 
-def test_bug_a_thinking_models_thoughts_are_no_reference(endpoint, tmp_path, monkeypatch):
-    root = pcogalign_folder(tmp_path / "v4")
-    server, _ = endpoint()
-    monkeypatch.setitem(globals(), "fake_reference", lambda prompt: "<think>Hm.</think>\n\nCalm!")
-    tasks.main(["--make-references", str(root), "--judge-url", server.url, "--judge-model", "m",
-                "--run-root", str(tmp_path)])
-    rows = json.loads((root / "HCMAS-golden-test.json").read_text())
-    assert {r["golden_response"] for r in rows} == {"Calm!"}
 
 
-def test_bug_references_of_files_in_another_form_are_a_user_error(endpoint, tmp_path):
-    root = pcogalign_folder(tmp_path / "v4")
-    (root / "HCMAS-test.json").write_text('[{"query": "x"}]')
-    server, _ = endpoint()
-    with pytest.raises(UserError):
-        tasks.main(["--make-references", str(root), "--judge-url", server.url, "--judge-model", "m",
-                    "--run-root", str(tmp_path)])
 
 
-def test_bug_what_follows_a_torn_line_of_the_cache_is_kept(endpoint, tmp_path):
-    server, judge = endpoint()
-    judge([QUESTION], ["one"])
-    with open(tmp_path / "judge-cache/rank0.jsonl", "a") as cache:
-        cache.write('["torn')
-    endpoint()[1]([QUESTION], ["two"])
-    third, judge = endpoint()
-    judge([QUESTION], ["two"])
-    assert not third.calls
 
 
 def test_bug_names_in_underscore_bold_and_of_full_width():
@@ -4187,29 +1980,8 @@ def everything(device) -> dict:
     return tree_map(lambda x: x.detach().cpu() if isinstance(x, torch.Tensor) else x, out)
 
 
-def test_every_stage_runs_on_another_device_and_gives_what_the_host_gives(both_devices):
-    there, here = everything("meta"), everything("cpu")
-    for one, other in zip(tree_leaves(there), tree_leaves(here), strict=True):
-        if isinstance(one, (float, torch.Tensor)):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-        else:
-            assert one == other
-    agent = copy.deepcopy(tiny_agent()).to("meta")  # fails if the simulation lets anything pass
-    with pytest.raises(RuntimeError, match="there.*here"):
-        agent.states(collated())
 
 
-def test_decoding_lets_the_host_wait_every_few_tokens_alone(both_devices):
-    """The stop test's `nonzero`, once in `check_every` tokens."""
-    agent, waits = copy.deepcopy(tiny_agent()), []
-    agent.token_bias[agent.encoder.stop_ids] = -math.inf
-    agent.to("meta")
-    for new in (8, 16, 32):
-        Elsewhere.waits.clear()
-        out = rollout(agent, examples(ROWS[:2], prompt=True), 2, new, 1.0, [3, 4], check_every=4)
-        assert out.tokens.shape[1] == new
-        waits.append(Elsewhere.waits.total())
-    assert waits[1] - waits[0] == 2 and waits[2] - waits[1] == 4
 
 
 # ---- The whole chain, as a user would run it -------------------------------------------------
@@ -4382,26 +2154,8 @@ def chain(tmp_path_factory):
     return chain
 
 
-def test_chain_runs_every_stage_and_says_so(chain):
-    for stage in ("projector", "idm", "bc", "sft-task-latent"):
-        assert re.search(rf"{stage} is missing or unfinished: running \w+.py first", chain.said)
-    log = chain.log(MAIN)
-    assert [r["step"] for r in log] == [0, 1, 2, 3] and max(r["ratio_error"] for r in log) < 1e-4
-    assert any(r["reward_std"] > 0 for r in log)    # otherwise the tests below show nothing
-    assert {"reward_mean", "reward_std", "zero_variance", "kl", "entropy", "ratio_error", "length",
-            "codes_used", "code_perplexity", "distinct_answers"} <= set(log[0])
 
 
-def test_chain_leaves_only_what_each_stage_trained_and_an_agent(chain):
-    for stage, modules in {"projector": {"projector"}, "bc": {"policy"}, MAIN: {"policy"},
-                           "idm": {"idm", "codebook", "world", "projector"},
-                           "sft-task-latent": {"policy"}}.items():
-        assert {k.split(".")[0] for k in chain.weights(stage)} == modules, stage
-        assert not (chain.runs / stage / "state").exists()
-    agent = Agent.from_run(chain.runs / MAIN, "cpu")        # each module from its nearest ancestor
-    nearest = {**chain.weights("idm"), **chain.weights("sft-task-latent"), **chain.weights(MAIN)}
-    assert all(torch.equal(v, nearest[k]) for k, v in agent.state_dict().items() if k in nearest)
-    assert isinstance(agent.chat("What do you see?", chain.folder / "a.png"), str)
 
 
 @pytest.fixture
@@ -4412,27 +2166,8 @@ def quick(monkeypatch):
             monkeypatch.setitem(scales["tiny"], "steps", 2)
 
 
-@pytest.mark.parametrize("flags,absent", [
-    (["--without", "text"], {"ce_text", "loss_cycle"}), (["--without", "cycle"], {"loss_cycle"}),
-    (["--without", "projector"], {"loss_paired", "loss_cycle"})])
-def test_chain_of_an_ablation_has_folders_of_its_own_and_lacks_the_term(chain, quick, flags,
-                                                                        absent):
-    train_rl.main([*RL, *flags, *chain.files, "--task", chain.task, "--steps", "1", "--device",
-                   "cpu", "--run-root", str(chain.root)])
-    tag = "-".join(flags).lstrip("-")
-    for row in chain.log(f"idm-{tag}"):
-        assert {k for k in ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
-                if not row[k]} == absent
-    agent = Agent.from_run(chain.runs / f"{MAIN}-{tag}", "cpu")
-    assert (agent.projector is None) == (tag == "without-projector")
 
 
-def test_chain_repeated_is_finished_and_other_arguments_are_refused(chain):
-    before = (chain.runs / MAIN / "model.safetensors").stat().st_mtime_ns
-    assert "is finished" in chain.rl("--steps", "4")
-    said = chain.rl("--steps", "5", status=2)
-    assert re.search(r"error: .*steps: 4 -> 5.*--name.*--fresh", said) and "Traceback" not in said
-    assert (chain.runs / MAIN / "model.safetensors").stat().st_mtime_ns == before
 
 
 def damaged(folder):
@@ -4573,13 +2308,6 @@ def damaged_chain(chain):
     return chain
 
 
-@pytest.mark.parametrize("command,message", BAD, ids=[c for c, _ in BAD])
-def test_chain_bad_input_is_one_clear_line(damaged_chain, refused, command, message):
-    main = damaged_chain.runs / MAIN
-    before = {f: f.stat().st_mtime_ns for f in main.iterdir()}
-    line = refused(command.replace("MAIN", f"runs/tiny/{MAIN}"))
-    assert re.search(message, line), line
-    assert {f: f.stat().st_mtime_ns for f in main.iterdir()} == before      # nothing earlier lost
 
 
 CORPUS = ["--batch-tokens", "170"]
@@ -4612,260 +2340,37 @@ def recorded(chain, commands):
     return chain.drive("one", commands)
 
 
-def test_chain_on_two_ranks_and_in_micro_batches_has_the_same_gradients(chain, commands, recorded):
-    """Rows, prompts and images are shared out unevenly, in micro-batches of one row or group, and
-    layers are computed again in the backward pass; fails if any denominator is local. Each stage
-    starts from the same parents: the last first."""
-    shutil.copytree(chain.folder / "one", chain.folder / "two")
-    again = {k: (script, [*flags, "--fresh"]) for k, (script, flags) in commands.items()}
-    other = chain.drive("two", dict(reversed(again.items())), ranks=2,
-                        common=["--tokens-at-once", "1", "--recompute"])
-    for stage in commands:
-        for a, b in zip(recorded[stage]["gradients"][0], other[stage]["gradients"][0], strict=True):
-            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8, stage
-        assert any(a.any() for a in recorded[stage]["gradients"][0]), stage
-    logs = sorted((chain.folder / "one/tiny").glob("*/log.jsonl"))
-    assert len(logs) == len(commands)
-    for log in logs:
-        one, two = (chain.log(log.parent.name, chain.folder / root / "tiny")[0]
-                    for root in ("one", "two"))
-        assert one.keys() == two.keys()
-        for key in one:
-            assert one[key] == pytest.approx(two[key], rel=1e-5, abs=2e-6), (log.parent.name, key)
 
 
-def test_chain_goes_on_with_another_number_of_ranks_on_the_same_data(chain, recorded):
-    """Two ranks until one is killed, then four: rows, prompts, noise and draws do not depend on
-    the number of ranks, so the logs are those of one rank up to rounding."""
-    for root, runs in (("lone", [{}]), ("four", [{"ranks": 2, "kill": 7, "status": 1},
-                                                 {"ranks": 4}])):
-        shutil.copytree(chain.folder / "one", chain.folder / root)
-        start = ["--name", "four", "--parent"]
-        commands = {
-            "idm": ("train_idm", [*CORPUS, *start, f"{root}/tiny/projector-idm1-policy1"]),
-            "bnpo": ("train_rl", [*SHORT, "--algo", "bnpo", "--prompts", "5", "--eval-prompts", "1",
-                                  "--lr", "1e-4", *start,
-                                  f"{root}/tiny/sft-task-latent-idm1-policy1"])}
-        for run in runs:
-            chain.drive(root, commands, common=["--steps", "4"], **run)
-    for stage in ("idm-idm1-policy1-four", "rl-task-bnpo-latent-s0-idm1-policy1-four"):
-        lone, four = (chain.log(stage, chain.folder / root / "tiny") for root in ("lone", "four"))
-        assert len(lone) == len(four) == 4
-        for a, b in zip(lone, four):
-            for key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (stage, key)
-    reports = [json.loads((chain.folder / root / "tiny" / stage / "report.json").read_text())
-               for root in ("lone", "four")]
-    assert reports[0]["reward"]["id greedy"]["prompts"] == 1
-    assert reports[0]["reward"]["id sampled"] == pytest.approx(reports[1]["reward"]["id sampled"])
 
 
-def test_chain_noise_of_the_inverse_dynamics_model_is_keyed_by_the_step(chain, recorded):
-    """The same rows twice, in one batch, and weights that hardly move: only the noise differs.
-    Fails if it is the same in every step."""
-    shutil.copytree(chain.folder / "one/tiny/projector-idm1-policy1",
-                    chain.folder / "noise/tiny/projector-idm1-policy1")
-    shutil.copytree(chain.runs / "base", chain.folder / "noise/tiny/base")
-    got = chain.drive("noise", {"idm": ("train_idm", ["--lr", "1e-12", "--batch-tokens", "9999"])})
-    first, _, second, _ = got["idm"]["gradients"]      # two optimisers, two steps
-    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (first, second))
-    assert (a - b).norm() > 0.05 * a.norm()
 
 
-def test_chain_stages_train_these_parameters_and_nothing_else(recorded):
-    last = r"layers\.1\."
-    patterns = {"projector": r"projector\.", "idm": r"(projector|idm|codebook|world)\.",
-                "bc": r"policy\.", "clone": r"policy\.", "token": r"policy\.",
-                "release": rf"backbone\.model\.(visual\.|language_model\.({last}|norm|embed))"}
-    for stage in recorded:
-        changed = recorded[stage]["changed"]
-        pattern = patterns.get(stage, r"policy\.(layers|norm|head)\.")
-        assert all(re.match(pattern, name) for name in changed), stage     # fails if SFT trains C
-        assert changed, stage
 
 
-def test_chain_counts_failed_judgements_and_never_scores_them(chain, recorded):
-    some = chain.log("rl-task-grpo-latent-s0-idm1-policy1-some", chain.folder / "one/tiny")
-    assert 0 < sum(r["judge_failed"] for r in some) < 24    # fails if a failure counts as 0
-    assert all(r["reward_mean"] > 0.1 for r in some)        # the judge's lowest is 1 of 10
 
 
-def test_chain_killed_at_random_points_continues_to_the_same_bits(chain):
-    """SIGKILL anywhere in any stage, the base's pre-training included, also inside a save. Fails
-    without the optimisers' state, the data's cursors, the cut of the logs or the atomic rename."""
-    commands = {k: COMMANDS[k] for k in ("projector", "idm", "bc", "clone", "token", "grpo",
-                                         "exact", "grpo-token")}
-    chain.drive("whole", commands, base=False)
-    rng, kills = random.Random(3), 0
-    while kills < 6:
-        try:
-            chain.drive("cut", commands, base=False, status=-9, kill=rng.randint(2, 55))
-        except AssertionError:
-            break
-        kills += 1
-    chain.drive("cut", commands, base=False)
-    assert kills > 4
-    for stage in sorted((chain.folder / "whole/tiny").iterdir()):
-        a, b = (load_file(chain.folder / root / "tiny" / stage.name / "model.safetensors")
-                for root in ("whole", "cut"))
-        assert all(torch.equal(v, b[k]) for k, v in a.items()) and len(a) == len(b), stage.name
-        name = "base/pretraining" if stage.name == "base" else stage.name
-        assert chain.log(name, stage.parent) == chain.log(name, chain.folder / "cut/tiny")
 
 
-def test_chain_token_space_and_its_evaluation(chain):
-    chain.rl("--steps", "2", "--action-space", "token", "--algo", "dapo", quick=True)
-    token = chain.runs / "rl-task-dapo-token-s0"
-    assert {k.split(".")[0] for k in chain.weights(token.name)} == {"policy"}
-    said = chain.run("eval.py", str(chain.runs / MAIN), str(token), "--eval-prompts", "1",
-                     "--samples", "3", "--figures", "reward", "rewards", status=2)
-    assert "best_of_3" in said and "reward, mean over seeds" in said    # and after all is said:
-    assert said.splitlines()[-1].startswith("eval.py: error: --figures: no rewards; there are ")
-    summary = json.loads((token / "summary.json").read_text())
-    rows = [json.loads(r) for r in (token / "predictions.jsonl").read_text().splitlines()]
-    assert [len(r["answers"]) for r in rows] == [1, 3, 1, 3]            # id, ood x greedy, sampled
-    said = chain.run("eval.py", "--rescore", str(token / "predictions.jsonl"))
-    for r in rows:                                  # every figure again from the replies' text
-        figures = summary[f"{r['split']} {r['mode']}"]
-        again = tasks.summarise(file_task(chain.task), [r])
-        assert {k: figures[k] for k in again} == pytest.approx(again, nan_ok=True)
-        assert f"{figures['reward']:.4g}" in said
 
 
-def test_chain_token_baseline_on_the_corpora_first(chain, quick):
-    """The language model, its warm start and RL on it: each starts from the one before."""
-    common = [*chain.files, "--run-root", str(chain.root), "--device", "cpu"]
-    token, runs = ["--action-space", "token", "--task", chain.task], chain.runs
-    train_bc.main([*common, *token, "--stage", "bc"])
-    report = json.loads((runs / "bc-token/report.json").read_text())["policy, held out"]
-    assert set(report) == {"id", "text"} and all(row_["policy"] > 0 for row_ in report.values())
-    corpora = ["--name", "corpora", "--parent", str(runs / "bc-token"), "--lr", "1e-12"]
-    train_bc.main([*common, *token, *corpora])
-    lm, sft = (chain.weights(name) for name in ("bc-token", "sft-task-token-corpora"))
-    for name in lm:                                 # fails if it starts from the base
-        close(sft[name], lm[name], 1e-6)
-    warm = ["--name", "corpora", "--parent", str(runs / "sft-task-token-corpora"), "--steps", "1"]
-    train_rl.main([*common, *token, *RL, *warm, "--splits"])
-    config = json.loads((runs / "rl-task-grpo-token-s0-corpora/config.json").read_text())
-    assert config["parent"] == "../sft-task-token-corpora"
 
 
-def test_chain_trains_on_an_endpoint_that_fails_now_and_then(chain, monkeypatch):
-    """15 % of the answers cannot be judged, 30 % of the other attempts fail once or more."""
-    def fault(prompt, attempt):
-        draw = random.Random(prompt)
-        return "500" if draw.random() < 0.15 else draw.choice(FAULTS) if attempt < 2 and \
-            draw.random() < 0.3 else None
-    server = FakeJudge(tasks.DIMENSIONS, fault)
-    for name, value in (("pause", 0.01), ("timeout", 3.0)):
-        monkeypatch.setitem(tasks.JUDGE, name, value)
-    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
-    train_rl.main(["--task", chain.task, "--run-root", str(chain.root), "--name", "judge", *RL,
-                   "--judge-url", server.url, "--judge-model", "m", "--steps", "3", "--device",
-                   "cpu", "--temperature", "5"])                        # answers that differ
-    server.shutdown()
-    log, files = chain.log(f"{MAIN}-judge"), [f for f in chain.root.rglob("*") if f.is_file()]
-    assert 0 < sum(r["judge_failed"] for r in log) < 24
-    assert len(log) == 3 and all(math.isfinite(v) for r in log for v in r.values())
-    assert server.keys == {"Bearer s3cret"}
-    assert not [f for f in files if b"s3cret" in f.read_bytes()]
 
 
-def test_chain_on_a_qwen_folder_with_the_users_own_files(chain, refused):
-    """Every missing predecessor is an error that prints its command: follow them all."""
-    todo = ["train_rl.py " + shlex.join([
-        "--model", "qwen", *chain.files, "--task", chain.task, "--policy-layers", "1",
-        "--idm-layers", "1", "--codes", "16", "--run-root", str(chain.root), "--seed", "1"])]
-    while "projector" not in todo[-1]:
-        line = refused(todo[-1].replace(".py", "", 1))
-        todo.append(re.search(r"unfinished; run first: python (.*)", line)[1])
-    assert [command.split()[0] for command in todo[::-1]] == [
-        "train_projector.py", "train_idm.py", "train_bc.py", "train_bc.py", "train_rl.py"]
-    for command in todo[::-1]:
-        script, *flags = shlex.split(command)
-        assert "finished in" in chain.run(script, *flags, "--steps", "2",
-                                          *(RL if "rl" in script else []))
-    (run,) = chain.root.glob("*--qwen/rl-task-grpo-latent-s1-codes16-idm1-policy1")
-    config = json.loads((run / "config.json").read_text())
-    assert config["args"]["paired"] == chain.files[1:3] and config["args"]["codes"] == 16
 
 
-def test_chain_on_the_mini_world(chain):
-    """An untrained base scores at the floor everywhere: no variance, and nothing breaks."""
-    chain.run("train_rl.py", *RL, "--algo", "bnpo", "--steps", "2", quick=True)
-    log = chain.log("rl-mini-bnpo-latent-s0")
-    assert len(log) == 2 and all(math.isfinite(v) for r in log for v in r.values())
-    said = chain.run("train_rl.py", *RL, "--algo", "dapo", "--steps", "2", quick=True, status=3)
-    assert "rl-mini-dapo-latent-s0: no optimiser step was taken" in said and "Traceback" not in said
-    assert not (chain.runs / "rl-mini-dapo-latent-s0/model.safetensors").exists()
 
 
-def test_chain_a_judge_of_no_use_stops_before_anything_is_learnt_or_logged(chain, monkeypatch):
-    server = FakeJudge(tasks.DIMENSIONS, lambda prompt, attempt: "refusal")
-    for name, value in (("pause", 0.01), ("timeout", 3.0)):
-        monkeypatch.setitem(tasks.JUDGE, name, value)
-    monkeypatch.setattr(tasks, "SOME", 1)           # answers of the tiny model are often alike
-    command = ["--task", chain.task, "--run-root", str(chain.root), "--name", "useless", *RL,
-               "--judge-url", server.url, "--judge-model", "new", "--steps", "3", "--device", "cpu"]
-    with pytest.raises(UserError, match="no usable reply in .*one begins 'I cannot judge this"):
-        train_rl.main(command)
-    server.shutdown()
-    run = chain.runs / f"{MAIN}-useless"
-    assert not (run / "log.jsonl").exists() and not (run / "state/last.pt").exists()
-    well = FakeJudge(tasks.DIMENSIONS)              # the same command goes on, at another address
-    command[command.index("--judge-url") + 1] = well.url
-    train_rl.main(command)
-    well.shutdown()
-    assert len(chain.log(run.name)) == 3
 
 
-def test_chain_goes_on_by_itself_after_a_lost_worker(chain, recorded):
-    """torchrun --max-restarts: one of two ranks is killed after a few steps. Fails if the second
-    attempt meets the addresses of the first one's dead workers."""
-    commands = {"dapo": ("train_rl", ["--algo", "dapo", *SHORT])}
-    for root in ("calm", "lost"):
-        shutil.copytree(chain.folder / "one", chain.folder / root)
-        shutil.rmtree(chain.folder / root / "tiny/rl-task-dapo-latent-s0-idm1-policy1")
-    chain.drive("calm", commands, ranks=2, common=["--steps", "6"])
-    chain.drive("lost", commands, ranks=2, common=["--steps", "6"], restarts=3, kill=4, rank=1)
-    a, b = (chain.folder / root / "tiny/rl-task-dapo-latent-s0-idm1-policy1"
-            for root in ("calm", "lost"))
-    calm, lost = (load_file(run / "model.safetensors") for run in (a, b))
-    assert all(torch.equal(v, lost[k]) for k, v in calm.items())
-    assert chain.log(a.name, a.parent) == chain.log(b.name, b.parent)
 
 
-def test_chain_workers_end_when_their_torchrun_is_gone(chain, recorded):
-    shutil.copytree(chain.folder / "one", chain.folder / "gone")
-    torchrun = subprocess.Popen(chain.command(
-        "train_rl.py", "--task", chain.task, *RL, "--steps", "9999", "--name", "gone", "--run-root",
-        "gone", "--idm-layers", "1", "--policy-layers", "1", "--codes", "64", "--parent",
-        "gone/tiny/sft-task-latent-idm1-policy1", *chain.files, ranks=2), env=ENV,
-        cwd=chain.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = chain.folder / f"gone/tiny/{MAIN}-codes64-idm1-policy1-gone/log.jsonl"
-    def workers():
-        found = subprocess.run(["pgrep", "-f", "train_rl.py .*--name gone"], capture_output=True)
-        return set(map(int, found.stdout.split())) - {torchrun.pid}
-    began = time.time()
-    while not log.exists() and time.time() - began < 60:
-        time.sleep(0.2)
-    assert log.exists() and len(workers()) == 2
-    torchrun.kill()
-    torchrun.wait()
-    began = time.time()
-    while workers() and time.time() - began < 15:
-        time.sleep(0.2)
-    assert not workers()
 
 
 # The memory plan, held against what is counted.
 
 
-def test_the_plans_backbones_have_the_published_numbers_of_parameters():
-    for shape, billions in (("3b", 3.754622976), ("7b", 8.292166656)):
-        with torch.device("meta"):
-            base = Qwen2_5_VLForConditionalGeneration._from_config(shape_config(shape))
-        close(sum(p.numel() for p in base.parameters()) / 1e9, billions, 0.01 * billions)
 
 
 def counted_bytes(stage, tokens_at_once, group, prompts, prompt_tokens, new, recompute):
@@ -4927,686 +2432,22 @@ def medium_plan(recompute):
     return memory_plan("medium", **MEDIUM, recompute=recompute, dtype=torch.float32, pictures=False)
 
 
-@pytest.mark.parametrize("stage,recompute", [("idm", True), ("rl latent", False),
-                                             ("sft token", True), ("sft release", False)])
-def test_the_memory_plan_is_what_is_counted(stage, recompute):
-    table = medium_plan(recompute)
-    planned = max(row["total"] for name, row in table.items() if name.startswith(stage))
-    assert planned == pytest.approx(counted_bytes(stage, **MEDIUM, recompute=recompute), rel=0.15)
 
 
-# ---- python test_all.py --benchmark [SHAPE]: speed against what a user would otherwise run -----
 
-SHAPES = {      # width, layers, heads, kv heads, MLP width, vocabulary, vision depth, vision width
-    "tiny": (128, 3, 4, 2, 320, 1_024, 2, 64),
-    "medium": (256, 16, 4, 2, 688, 32_000, 4, 128),
-    "3b-deep": (128, 36, 4, 2, 688, 9_496, 4, 80),          # 3B's depth, widths / 16
-    "3b": (2048, 36, 16, 2, 11_008, 151_936, 32, 1280),
-    "7b": (3584, 28, 28, 4, 18_944, 152_064, 32, 1280)}
-G, NEW, IMAGE_TOKENS, PROMPT = 8, 64, 150, 256
 
-
-def shape_config(shape, ids=lambda token: 0, vocab=None) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL of that shape; 3b and 7b are the hub's."""
-    width, layers, heads, kv_heads, mlp, own_vocab, depth, vision = SHAPES[shape]
-    half = width // heads // 2
-    return Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=vocab or own_vocab, bos_token_id=0, eos_token_id=2, hidden_size=width,
-            intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, max_position_embeddings=32_768, rope_parameters={
-                "rope_type": "default", "rope_theta": 1e6,
-                "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}),
-        vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=3420 if vision == 1280
-                           else vision * 8 // 3, num_heads=4 if vision < 1280 else 16,
-                           out_hidden_size=width, fullatt_block_indexes=[depth - 1]),
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=shape != "7b")
-
-
-def structure_of(shape) -> dict:
-    """Codes and layers of the default runs at that shape."""
-    return {**kit.STRUCTURE["tiny" if shape == "tiny" else "full"], "without": []}
-
-
-def benchmark_agent(shape, device, codes=None, vocab=None) -> Agent:
-    """A random Qwen2.5-VL of that shape with all modules; nothing ends a turn."""
-    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
-    config = shape_config(shape, tokenizer.convert_tokens_to_ids, vocab)
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device(device):
-        base = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation="sdpa").eval()
-    processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
-    structure = structure_of(shape)
-    agent = Agent(base, Encoder(tokenizer, processor, base), {
-        **structure, "codes": codes or structure["codes"]})
-    agent.encoder.stop_ids = torch.tensor([-1])
-    return agent.make("projector", "idm", "codebook", "world", "policy").eval()
-
-
-def benchmark_row(agent, length, image=True):
-    """A row of about `length` tokens, 150 of them of a 280 x 420 picture."""
-    words = "a b " * max(1, (length - IMAGE_TOKENS * image) // 2)
-    n = len(agent.encoder.tokenizer.encode(words)) / (len(words) / 4)
-    words = "a b " * max(1, int((length - IMAGE_TOKENS * image - 24) / n))
-    return row("<image>" * image + words, "a b", [picture(420, 280)] if image else [])
-
-
-def timed(functions, rounds, device):
-    """Median seconds of each function, called in turn so that load falls on all alike."""
-    seconds = {name: [] for name in functions}
-    for k in range(rounds + 1):
-        for name, f in functions.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            f()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if k:                                   # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
-
-
-def usual_inputs(agent, prompt, copies):
-    ids = prompt.ids[None].expand(copies, -1).to(agent.device)
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
-                  mm_token_type_ids=(ids == agent.encoder.image_token).int())
-    if len(prompt.grids):
-        pixels = agent.encoder.pixels(prompt).to(agent.device, agent.dtype)
-        inputs |= {"pixel_values": pixels.repeat(copies, 1),
-                   "image_grid_thw": prompt.grids.repeat(copies, 1).to(agent.device)}
-    return inputs
-
-
-def machine_limits(device, dtype):
-    """(bytes/s, FLOP/s) that this machine reaches in a large copy and in a large product."""
-    n = 2 ** 28 if device == "cuda" else 2 ** 25
-    a, b = (torch.empty(n, device=device) for _ in range(2))
-    m = 8192 if device == "cuda" else 1024
-    x = torch.randn(m, m, device=device, dtype=dtype)
-    seconds = timed({"copy": lambda: b.copy_(a), "product": lambda: x @ x}, 5, device)
-    return 8 * n / seconds["copy"], 2 * m ** 3 / seconds["product"]
-
-
-def utilisation(shape, device, seconds_rollout, seconds_idm, idm_tokens):
-    """Decode against the bandwidth limit, IDM step against the peak of products: one table.
-
-    A decode step reads every weight it uses once for all answers; a training token costs 2 FLOPs
-    a weight in the frozen backbone, 6 where it trains and 8 in the head, which is recomputed.
-    """
-    agent = benchmark_agent(shape, device)
-    def size(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-    text, head = agent.backbone.model.language_model, agent.backbone.lm_head
-    layers = size(text.layers)
-    step = (layers + size(head) + size(agent.policy, agent.world)) \
-        * (2 if agent.dtype == torch.bfloat16 else 4)
-    bandwidth, peak = machine_limits(device, agent.dtype)
-    flops = idm_tokens * (2 * layers + 6 * size(agent.idm, agent.world) + 8 * size(head))
-    return {"latent decode": {"tokens/s": G * NEW / seconds_rollout,
-                              "GB/s of weights": step * NEW / seconds_rollout / 1e9,
-                              "share of a copy's GB/s": step * NEW / seconds_rollout / bandwidth},
-            "IDM step": {"TFLOP/s": flops / seconds_idm / 1e12,
-                         "share of a product's": flops / seconds_idm / peak}}
-
-
-def rl_functions(shape, device, group=G, prompt_tokens=PROMPT, new=NEW, codes=None,
-                 vocab=None, usual=True):
-    """What one RL step of one group costs: name -> function, for rollouts, updates, prefills."""
-    latent = benchmark_agent(shape, device, codes, vocab)
-    token = copy.copy(latent)
-    token._modules = dict(latent._modules)
-    token.make_token_policy()
-    prompt = latent.encoder.encode(benchmark_row(latent, prompt_tokens), prompt=True)
-    A = torch.randn(group, device=device)
-
-    def update(agent, algorithm=train_rl.ALGORITHMS["grpo"]):
-        with torch.no_grad():
-            r = rollout(agent, [prompt], group, new, 1.0, [0])
-        reference = copy.deepcopy(agent.policy)
-        agent.train_only("policy")
-        bias = agent.token_bias if agent.space == "token" else None
-
-        def step():
-            with agent.autocast():
-                with torch.no_grad():
-                    ref_h = replay(reference, r)[r.mask]
-                h = replay(agent.policy, r)[r.mask]
-                logps, _, ref_logps, _ = action_statistics(
-                    agent.policy, h, r.actions[r.mask], 1.0, bias, reference, ref_h)
-            which = r.mask.nonzero()[:, 0]
-            loss = train_rl.surrogate(logps, r.logps[r.mask], A[which], 0.2, 0.2)[0] \
-                + algorithm.beta * train_rl.k3(logps, ref_logps)
-            (loss / r.mask.sum()).sum().backward()
-            agent.policy.zero_grad(set_to_none=True)
-        return step
-
-    def usual_rollout():
-        latent.backbone.generate(**usual_inputs(latent, prompt, group), do_sample=True, top_k=0,
-                                 max_new_tokens=new, min_new_tokens=new)
-
-    def usual_prefill():
-        with torch.no_grad():
-            latent.backbone(**usual_inputs(latent, prompt, group), logits_to_keep=1, use_cache=True)
-
-    def prefill():
-        with torch.no_grad():
-            caches, *_ = kit.prefill(latent, latent.encoder.collate([prompt]).to(device))
-            for cache in caches:
-                cache.expand(group, new)
-
-    full, reference = copy.deepcopy(latent.backbone), latent.backbone
-    full.requires_grad_(True)
-    inputs = usual_inputs(latent, prompt, group)
-    said = torch.randint(9, 300, (group, new), device=device)
-    longer = {**inputs, **{k: torch.cat([inputs[k], fill], 1) for k, fill in (
-        ("input_ids", said), ("attention_mask", torch.ones_like(said)),
-        ("mm_token_type_ids", torch.zeros_like(said, dtype=torch.int)))}}
-
-    def usual_update():
-        """The whole model, reference and policy, over prompt and answer of every row."""
-        def logps(model):
-            logits = model(**longer, logits_to_keep=new + 1, use_cache=False).logits[:, :-1].float()
-            return logits.log_softmax(-1).gather(-1, said[..., None])[..., 0]
-        with torch.no_grad():
-            ref = logps(reference)
-        new_logps = logps(full)
-        loss = train_rl.surrogate(new_logps, new_logps.detach(), A[:, None], 0.2, 0.2)[0] \
-            + 0.01 * train_rl.k3(new_logps, ref)
-        loss.mean().backward()
-        full.zero_grad(set_to_none=True)
-
-    parts = {"rollout": {"latent": lambda: rollout(latent, [prompt], group, new, 1.0, [0]),
-                         "token, ours": lambda: rollout(token, [prompt], group, new, 1.0, [0])},
-             "update": {"latent": update(latent), "token, ours": update(token)},
-             "prefill": {"latent": prefill}}
-    if usual:
-        parts["rollout"]["token, usual"] = usual_rollout
-        parts["update"]["token, usual"] = usual_update
-        parts["prefill"]["token, usual"] = usual_prefill
-    return parts, len(prompt)
-
-
-def idm_step(shape, device):
-    """One joint step of the inverse dynamics model on 4 + 4 rows of ~300 tokens."""
-    agent = benchmark_agent(shape, device)
-    rows = [{**benchmark_row(agent, 300 - 7 * n, image=n < 4), "id": str(n)} for n in range(8)]
-    batch = agent.encoder.collate([agent.encoder.encode(r) for r in rows]).to(device)
-    agent.train_only("projector", "idm", "codebook", "world")
-    noise = torch.zeros(*batch.tokens.shape, agent.structure["codes"], device=device)
-
-    def step():
-        with torch.no_grad():
-            e = agent.embeddings(batch)
-            states = agent.project(e, batch.has_image)
-        ce, neg_entropy, _ = train_idm.inverse_losses(agent, batch, states, noise)
-        projected = stage1.projector_losses(agent, batch, e, cycle=True)
-        (ce.mean() + neg_entropy.mean() + 1e-3 * sum(projected.values())).backward()
-        agent.zero_grad(set_to_none=True)
-    return step, int(batch.lengths.sum())
-
-
-def waiting_for_rows(batches=12):
-    """Rows with 1-megapixel JPEGs, four a batch: seconds to prepare a batch, and the share of a
-    step that is spent waiting for one when a step takes twice as long."""
-    _, tokenizer, processor = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=1, vocab=400)
-    processor.size = {"shortest_edge": 56 * 56, "longest_edge": 12_845_056}
-    encoder = Encoder(tokenizer, processor, tiny_agent().backbone, "256")
-    with tempfile.TemporaryDirectory() as folder:
-        for k in range(4):
-            picture(125, 125, k).resize((1000, 1000)).save(f"{folder}/{k}.jpg")
-        rows = [row("<image>What?", "A bus.", [f"{folder}/{k % 4}.jpg"], str(k))
-                for k in range(400)]
-        source = Stream(rows, encoder, batch_tokens=1200, seed=0)
-        source.next()
-        began = time.perf_counter()
-        for _ in range(batches):
-            source.next()
-        prepare, waited = (time.perf_counter() - began) / batches, 0.0
-        began = time.perf_counter()
-        for _ in range(batches):
-            time.sleep(2 * prepare)
-            asked = time.perf_counter()
-            source.next()
-            waited += time.perf_counter() - asked
-        return {"seconds to prepare a batch": prepare,
-                "share of a step spent waiting": waited / (time.perf_counter() - began)}
-
-
-def benchmark(shape="medium", device="cpu", part=None):
-    """Print medians, ratios to what a user would otherwise run, and how cost grows."""
-    torch.set_num_threads(1)
-    if part:                                        # a measurement of memory, in its own process
-        idm_step(shape, device)[0]()
-        return print(kit.peak_memory())
-    memory = int(subprocess.run(                    # first: a child's peak starts at its parent's
-        [sys.executable, __file__, "--benchmark", shape, "--device", device, "--part"],
-        env=ENV, capture_output=True, text=True, check=True).stdout) / 1e9
-    rounds = 3 if device == "cpu" else 9
-    parts, n = rl_functions(shape, device)
-    structure = structure_of(shape)
-    fields = ("width", "layers", "heads", "kv heads", "MLP", "vocabulary", "vision layers",
-              "vision width")
-    print(f"{shape} on {device}: {dict(zip(fields, SHAPES[shape]))}")
-    print(f"one group: {G} answers of {NEW} tokens, prompt of {n} tokens, {IMAGE_TOKENS} of them "
-          f"image; {structure['policy_layers']} policy layers, {structure['codes']} codes; "
-          "medians, interleaved\n")
-    medians = {name: timed(functions, rounds, device) for name, functions in parts.items()}
-    medians["rollout + update"] = {k: medians["rollout"][k] + medians["update"][k]
-                                   for k in medians["rollout"]}
-    paper, table = {"rollout": 1.13, "update": 0.86, "rollout + update": 1.08}, {}
-    for name, median in medians.items():
-        ratios = {f"latent / {k}": median["latent"] / median[k] for k in median if k != "latent"}
-        table[name] = {**{f"{k} (s)": v for k, v in median.items()}, **ratios,
-                       "latent / token, paper": paper.get(name)}
-    print(kit.format_table("RL", table), "\n")
-    counted = {}
-    for name, functions in parts.items():
-        for k, function in functions.items():
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                function()
-            counted.setdefault(name, {})[f"{k} (GFLOP)"] = counter.get_total_flops() / 1e9
-    print(kit.format_table("products and attention", counted), "\n")
-    if device == "cuda":
-        peaks = {}
-        for name, functions in parts.items():
-            for space, f in functions.items():
-                torch.cuda.reset_peak_memory_stats()
-                f()
-                peaks.setdefault(name, {})[space] = kit.peak_memory() / 1e9
-        print(kit.format_table("peak memory (GB), all of the table's models loaded", peaks), "\n")
-    del parts
-    step, idm_tokens = idm_step(shape, device)
-    seconds = timed({"step": step}, rounds, device)["step"]
-    print(kit.format_table("IDM step, 8 rows", {"ours": {
-        "tokens": idm_tokens, "seconds": seconds, "tokens/s": idm_tokens / seconds,
-        "peak memory (GB)": memory}}), "\n")
-    print(kit.format_table("rows with 1-megapixel JPEGs", {"prefetched": waiting_for_rows()}), "\n")
-    print(kit.format_table("against this machine's limits", utilisation(
-        shape, device, medians["rollout"]["latent"], seconds, idm_tokens)), "\n")
-    grows = {}
-    for change in ({}, {"group": 16}, {"prompt_tokens": 512}, {"new": 128}, {"codes": 512},
-                   {"vocab": 4 * SHAPES[shape][5]}):
-        functions, _ = rl_functions(shape, device, usual=False, **change)
-        flat = {f"{space} {what}": f for what in ("rollout", "update")
-                for space, f in functions[what].items()}
-        seconds = timed(flat, rounds, device)
-        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as above"
-        grows[name] = seconds if not grows else {k: v / grows["as above"][k]
-                                                 for k, v in seconds.items()}
-    print(kit.format_table("cost (s), then factors", grows))
-    return table
-
-
-# ---- python test_all.py --memory SHAPE: will it fit? -------------------------------------------
-
-CARDS = (24, 48, 80, 141)           # GB; a tenth stays free
-
-
-class AliveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators have made and that are still alive, and their peak: of
-    real tensors, or of fake ones, which have sizes and take no memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.known = 0, 0, weakref.WeakSet()
-
-    def freed(self, size):
-        self.alive -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for x in tree_leaves((args, kwargs)):       # what was there before: weights
-            if isinstance(x, torch.Tensor):
-                self.known.add(x.untyped_storage())
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage)
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return out
-
-
-def peak_of(function, dtype, *modules) -> int:
-    """Peak bytes that a forward pass makes, with the backward pass if it has one, less the
-    gradients of `modules`, which the plan counts by formula."""
-    with AliveBytes() as alive, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out = function()
-        if out.requires_grad:
-            out.float().sum().backward()
-    gradients = sum(p.grad.nbytes for m in modules for p in m.parameters() if p.grad is not None)
-    for module in modules:
-        module.zero_grad(set_to_none=True)
-    return max(0, alive.peak - gradients)
-
-
-def memory_plan(config, tokens_at_once=16384, group=8, prompts=8, prompt_tokens=1024, new=1024,
-                recompute=False, dtype=torch.bfloat16, codes=128, idm_layers=4, policy_layers=8,
-                pictures=True) -> dict[str, dict]:
-    """Peak GB of every stage on one card, by what takes it: stage -> figures. `reduced` is what an
-    optimiser step sums over several cards.
-
-    Weights, gradients, AdamW's moments, copies, caches and kept states by formula; what the trained
-    stacks keep for their backward pass from a run of the stages' own losses on fake tensors."""
-    config = config if hasattr(config, "text_config") else shape_config(config)
-    word = dtype.itemsize
-    text, N = config.text_config, tokens_at_once
-    width, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
-    with FakeTensorMode():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
-        base.requires_grad_(False)
-        m = {"projector": Projector(width), "idm": CausalStack(text, idm_layers, codes),
-             "codebook": nn.Embedding(codes, width),
-             "world": WorldModel(width, text.intermediate_size),
-             "policy": CausalStack(text, policy_layers, codes),
-             "token policy": CausalStack(text, min(policy_layers, layers), vocab)}
-        for module in m.values():
-            module.recompute = recompute
-        rows = max(1, N // 512)                     # a corpus micro-batch: rows of 512 tokens
-        states = torch.zeros(rows, N // rows, width, dtype=dtype)
-        flat, targets = states.view(1, -1, width), torch.zeros(N - 1, dtype=torch.long)
-        agent = SimpleNamespace(**m, backbone=base, token_bias=torch.zeros(vocab), autocast=lambda:
-                                torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
-
-        def as_rows(stack, layer_norm_input):       # attention over rows, the rest over tokens
-            return stack(layer_norm_input, kit.text_positions(layer_norm_input))
-        agent.world_logprobs = functools.partial(Agent.world_logprobs, agent)
-        agent.idm_logits = lambda s: as_rows(m["idm"], states).view(1, -1, codes)[:, 1:]
-        agent.policy = lambda s, positions: as_rows(m["policy"], states).view(1, -1, codes)
-        agent.states = lambda batch: flat
-        batch = SimpleNamespace(labelled=lambda: (0, targets))      # every token of one flat row
-
-        def token_head():
-            stack = m["token policy"]
-            h = stack.hidden(states, kit.text_positions(states)).view(-1, width)
-            return token_logprobs(stack.head, h[1:], targets, agent.token_bias)
-
-        part = min(prompts, max(1, N // (group * (prompt_tokens + new))))   # prompts at a time
-
-        def updated(stack, bias=None):
-            n = part * group
-            r = kit.Rollout([], *torch.zeros(2, n, new, dtype=torch.long), torch.zeros(n, new),
-                            torch.ones(n, new, dtype=torch.bool), torch.ones(n),
-                            torch.zeros(n, new, width, dtype=dtype),
-                            torch.zeros(n, new, dtype=torch.long),
-                            torch.zeros(part, prompt_tokens, width, dtype=dtype),
-                            torch.zeros(3, part, prompt_tokens, dtype=torch.long),
-                            torch.ones(part, prompt_tokens, dtype=torch.bool), group)
-            h = replay(stack, r).flatten(0, 1)
-            return action_statistics(stack, h, r.actions.flatten(), 1.0, bias)[0]
-
-        layer = base.model.language_model.layers[-1:]
-        with torch.no_grad():                       # one frozen layer at a time
-            frozen = peak_of(lambda: kit.run_layers(
-                layer, states, base.model.language_model.rotary_emb,
-                kit.text_positions(states)), dtype)
-        e = torch.zeros(N, width)
-        held = {                                    # activations of the trained stacks
-            "projector": peak_of(lambda: stage1.paired_loss(m["projector"], e, e), dtype,
-                                 m["projector"]),
-            "idm": peak_of(lambda: stage1.paired_loss(m["projector"], e, e) + sum(map(
-                torch.sum, train_idm.inverse_losses(agent, batch, flat,
-                                                    torch.zeros(1, N, codes))[:2])),
-                           dtype, *m.values()),
-            "bc": peak_of(lambda: train_bc.code_losses(agent, batch)[0], dtype, *m.values()),
-            "sft token": peak_of(token_head, dtype, m["token policy"]),
-            "rl": peak_of(lambda: updated(m["policy"]), dtype, m["policy"]),
-            "rl token": peak_of(lambda: updated(m["token policy"], agent.token_bias), dtype,
-                                m["token policy"])}
-        fp32 = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
-        fp32.requires_grad_(False)
-        fp32.model.language_model.layers[-policy_layers:].requires_grad_(True)
-
-        def released():
-            x = torch.zeros(rows, N // rows, width, requires_grad=True)
-            text = fp32.model.language_model
-            s = text.norm(kit.run_layers(text.layers, x, text.rotary_emb, kit.text_positions(x),
-                                         recompute=recompute)).view(-1, width)[1:]
-            x = m["world"](s, m["codebook"](targets))
-            return token_logprobs(fp32.lm_head, x, targets, agent.token_bias)
-        held["sft release"] = peak_of(released, torch.float32, fp32, *m.values())
-        release = [base.model.visual, base.model.language_model.layers[-policy_layers:],
-                   base.model.language_model.norm, base.model.language_model.embed_tokens]
-        size = {name: sum(p.numel() for p in module.parameters()) for name, module in m.items()}
-        size["base"] = sum(p.numel() for p in base.parameters())
-        size["release"] = sum(p.numel() for module in release for p in module.parameters())
-        size["rest of base"] = size["base"] - size["release"]
-
-    # Bytes a layer keeps of a token: keys and values.
-    pair = 2 * text.num_key_value_heads * (width // text.num_attention_heads) * word
-    cache = pair * part * (prompt_tokens + group * (prompt_tokens + new))
-    kept = (prompt_tokens + group * new) * width * word                     # states of a prompt
-    table = {}
-
-    def stage(name, trained, others=("base",), gradients=True, frozen_word=word, work=0, **more):
-        n = sum(size[one] for one in trained)
-        # On a GPU AdamW makes one more tensor of each weight's size, when the pass is over.
-        more["pass or step"] = max(work, 4 * n * gradients)
-        parts = {"weights": 4 * n + frozen_word * sum(size[one] for one in others),
-                 "gradients": 4 * n * gradients, "AdamW": 8 * n, **more}
-        table[name] = {what: value / 1e9 for what, value in parts.items()}
-        total = table[name]["total"] = sum(table[name].values())
-        table[name]["reduced"] = 4 * n * gradients / 1e9
-        table[name]["card"] = next((f"{card} GB" for card in CARDS if total <= 0.9 * card), "none")
-    stage("projector", ("projector",), states=3 * N * width * word + 2 * N * width * 4,
-          work=max(held["projector"], frozen))
-    latent = ("idm", "codebook", "world")
-    stage("idm", (*latent, "projector"), states=3 * N * width * word,
-          work=max(held["idm"], frozen))
-    for cloning in ("bc", "sft latent"):
-        stage(cloning, ("policy",), ("base", *latent, "projector"), states=2 * N * width * word,
-              work=max(held["bc"], frozen))
-    stage("sft token", ("token policy",), states=2 * N * width * word,
-          work=max(held["sft token"], frozen))
-    # The release's way: all is fp32, vision tower and last layers train, so that every layer keeps
-    # what its backward pass needs. A vision block keeps about eight widths and four MLP widths of
-    # each patch, four patches a token of a picture, which is every other token.
-    seen = config.vision_config
-    blocks = seen.depth * 4 * (N // 2) * (8 * seen.hidden_size + 4 * seen.intermediate_size) * 4
-    stage("sft release", ("release",), ("rest of base", "policy", *latent, "projector"),
-          frozen_word=4, work=held["sft release"] + pictures * blocks)
-    for space, policy, others in (("latent", "policy", ("base", "codebook", "world", "projector")),
-                                  ("token", "token policy", ("base",))):
-        n, own_layers = size[policy], policy_layers * (space == "latent")
-        stage(f"rl {space}, rollout", (policy,), others, gradients=False, reference=4 * n,
-              copies=word * n * (word < 4), caches=cache * (layers + own_layers),
-              states=prompts * kept, work=frozen)
-        stage(f"rl {space}, update", (policy,), others, reference=4 * n,
-              states=(prompts + part) * kept,
-              work=held["rl" if space == "latent" else "rl token"])
-        # eval.py has a second backbone, the same yardstick of diversity for all runs.
-        stage(f"evaluation {space}", (), (policy, *others, "base"), gradients=False,
-              caches=cache * (layers + own_layers), states=part * kept, work=frozen)
-    return table
-
-
-def memory(shape, options):
-    """Print the plan and what it rests on."""
-    print(f"{shape}, one card, fp32 masters: {options}\n")
-    plan = memory_plan(shape, **options)
-    print(kit.format_table("peak GB", plan))
-    print("\n`pass or step` is what a forward and backward pass keeps, or AdamW's own temporary: "
-          "the first bends to --tokens-at-once and --recompute. Caches and states bend to "
-          "--prompts a card, --group-size and --max-new-tokens as well; DAPO's refills keep up to "
-          f"{1 + train_rl.REFILLS} times these states. A card keeps a tenth free. `reduced` is "
-          "what an optimiser step sums over several cards. Each rank first loads the backbone into "
-          f"the host's memory: {plan['projector']['weights']:.3g} GB.")
-
-
-# ---- python test_all.py --check FOLDER_OR_ID: does the method hold on this checkpoint? ---------
-
-# The largest logit by which a token of an untrained world model may trail the base's best, which
-# another order of sums in that dtype explains.
-SHORTFALL = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-
-
-@torch.no_grad()
-def rollout_checks(agent: Agent, prompts, new) -> dict[str, dict]:
-    """Of an agent whose modules are untrained: what must hold on any checkpoint -> figures."""
-    model, worst = agent.backbone.model, {"positions": 0, "greedy": 0.0, "replay": 0.0}
-    for prompt in prompts:
-        r = rollout(agent, [prompt], 2, new, 1.0, [0])
-        with agent.autocast():
-            h = replay(agent.policy, r)[r.mask]
-            logps = action_statistics(agent.policy, h, r.actions[r.mask])[0]
-        worst["replay"] = max(worst["replay"], (logps - r.logps[r.mask]).abs().mean().item())
-        own = r.tokens[0][r.mask[0]]                # both answers are the base's greedy one
-        inputs = usual_inputs(agent, replace(prompt, ids=torch.cat([prompt.ids, own.cpu()])), 1)
-        logits = agent.backbone(**inputs).logits[0, len(prompt) - 1:-1].float() + agent.token_bias
-        short = logits.max(-1).values - logits.gather(1, own[:, None])[:, 0]
-        worst["greedy"] = max(worst["greedy"], short.max().item())
-        golden = positions_by_brute_force(prompt.ids, prompt.grids, agent.encoder.image_token)
-        worst["positions"] = max(worst["positions"], int((prompt.positions.T - golden).abs().max()))
-    limits = {"positions": ("positions, largest difference from golden ones", 0),
-              "greedy": ("untrained world model, largest logit behind the base's best",
-                         SHORTFALL[agent.dtype]),
-              "replay": ("rollout against replay, mean difference of log-probs",
-                         train_rl.ROLLOUT_TOLERANCE[agent.dtype])}
-    return {label: {"holds": "yes" if worst[name] <= limit else "NO", "found": f"{worst[name]:.2g}",
-                    "wanted": f"at most {limit:g}"} for name, (label, limit) in limits.items()}
-
-
-def check(model, device, judge, options) -> bool:
-    """Print what holds on a checkpoint: invariants of the rollout, two steps of every stage with
-    its peak memory beside the plan's, one judge call; whether all does."""
-    if os.path.isdir(model):
-        model = os.path.abspath(model)
-    with tempfile.TemporaryDirectory() as folder:
-        root, flags = Path(folder), ["--model", model, "--device", device, "--run-root", folder]
-        args, errors = train_rl.arguments().parse_args(flags + judge), []
-        agent = Agent.from_base(kit.fill(args, train_rl.DEFAULTS["latent"]))
-        agent.make("projector", "codebook", "world", "policy").train_only("policy")
-        print(f"{model}: {agent.dtype} on {agent.device.type}, {options}", flush=True)
-        picture(420, 280).save(root / "a.png")
-        rows = [{**benchmark_row(agent, options["prompt_tokens"], image), "id": str(n)}
-                for n in range(12 + options["tokens_at_once"] // options["prompt_tokens"])
-                for image in (True, False)]
-        for r in rows:
-            r["images"] = [str(root / "a.png")] * len(r["images"])
-        prompts = [agent.encoder.encode(r, prompt=True) for r in rows[:2]]
-        found = rollout_checks(agent.eval(), prompts, options["new"])
-        if judge:
-            args.task = write(root / "one.jsonl", rows[:1])
-            task = tasks.load_task(args)
-            (reply,) = task.judge(task.splits["id"][:1], ["a b"])
-            reward = task.reward(reply)
-            found["one call of the judge"] = {
-                "holds": "NO" if math.isnan(reward) else "yes",
-                "found": "no scores" if math.isnan(reward) else f"reward {reward:.3g}",
-                "wanted": "scores for every dimension"}
-        dtype, config = agent.dtype, agent.backbone.config
-        del agent
-        torch.cuda.empty_cache()                    # the stages have the card to themselves
-        files = {name: write(root / f"{name}.jsonl", part) for name, part in (
-            ("paired", rows[::2]), ("text", rows[1::2]),
-            ("task", [{**r, "split": split} for r in rows for split in ("sft", "rl")]))}
-        flags += ["--paired", files["paired"], "--text", files["text"], "--steps", "2",
-                  "--tokens-at-once", str(options["tokens_at_once"])]
-        flags += ["--recompute"] * options["recompute"]
-        corpus, task = ["--batch-tokens", str(options["tokens_at_once"])], ["--task", files["task"]]
-        rl = ["--splits", "--prompts", str(options["prompts"]), "--group-size",
-              str(options["group"]), "--max-new-tokens", str(options["new"]), *task]
-        token = ["--action-space", "token"]
-        plan = memory_plan(config, **options, dtype=dtype)
-        for stage, command in {
-                "projector": ["train_projector", *corpus], "idm": ["train_idm", *corpus],
-                "bc": ["train_bc", "--stage", "bc", *corpus],
-                "sft latent": ["train_bc", *task, *corpus],
-                "sft token": ["train_bc", *token, *task, *corpus],
-                "rl latent": ["train_rl", *rl], "rl token": ["train_rl", *token, *rl]}.items():
-            print(f"two steps of {stage} ...", flush=True)
-            done = subprocess.run([sys.executable, str(HERE / f"{command[0]}.py"), *command[1:],
-                                   *flags], env=ENV, capture_output=True, text=True)
-            planned = max(row["total"] for name, row in plan.items() if name.startswith(stage))
-            figures = {"holds": "NO", "found": "see below", "wanted": f"planned {planned:.3g} GB"}
-            if done.returncode:
-                said = (done.stdout + done.stderr).strip().splitlines() or ["nothing said"]
-                errors.append(f"{stage}: status {done.returncode}: {said[-1]}")
-            else:                                   # on a CPU the peak is the process's: not held
-                log = max(root.rglob("log.jsonl"), key=lambda log: log.stat().st_mtime)
-                peak = json.loads(log.read_text().splitlines()[-1])["peak_memory"] / 1e9
-                fits = device == "cpu" or peak <= 1.15 * planned
-                figures |= {"holds": "yes" if fits else "NO", "found": f"{peak:.3g} GB"}
-            found[f"two steps of {stage}"] = figures
-    print("\n" + kit.format_table("check", found), *errors, sep="\n")
-    return all(row["holds"] == "yes" for row in found.values())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_rollout_checks_hold_on_an_untrained_agent_and_tell_a_trained_one(tied):
-    agent = copy.deepcopy(tiny_agent())
-    agent.backbone.lm_head.weight = agent.backbone.model.language_model.embed_tokens.weight
-    if not tied:
-        agent.backbone.lm_head.weight = nn.Parameter(torch.randn_like(
-            agent.backbone.lm_head.weight), requires_grad=False)
-    agent.make("projector", "codebook", "world", "policy").eval()
-    prompts = examples(prompt=True)[:2]
-    assert [row["holds"] for row in rollout_checks(agent, prompts, 8).values()] == ["yes"] * 3
-    shake(agent.world, 0.5)
-    assert [row["holds"] for row in rollout_checks(agent, prompts, 8).values()] == [
-        "yes", "NO", "yes"]
-
-
-def test_chain_check_of_a_checkpoint(chain, capsys):
-    """A judge that answers; a stage that fails, since a group of one is refused; no weights."""
-    options = {"tokens_at_once": 600, "prompt_tokens": 250, "new": 8, "recompute": True,
-               "prompts": 2, "group": 1}
-    server = FakeJudge(tasks.DIMENSIONS)
-    judge = ["--judge-url", server.url, "--judge-model", "m"]
-    assert not check(str(chain.folder / "qwen"), "cpu", judge, options)
-    said = capsys.readouterr().out
-    server.shutdown()
-    assert re.findall(r"(?m)^(.*?)  +(?:yes|NO)  ", said)[3:5] == [
-        "one call of the judge", "two steps of projector"]
-    assert len(re.findall("  yes  ", said)) == 9 and len(re.findall("  NO  ", said)) == 2, said
-    assert re.search("^rl latent: status 2: .*--group-size", said, re.M), said
-    broken = shutil.copytree(chain.folder / "qwen", chain.folder / "broken")
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="broken: cannot be loaded"):
-        check(str(broken), "cpu", [], options)
-
-
-# The stages of a check are as short as this, unless flags say otherwise.
-CHECK = {"tokens_at_once": 2048, "group": 4, "prompts": 2, "prompt_tokens": 512, "new": 32}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--benchmark", nargs="?", const="medium", choices=SHAPES)
-    what.add_argument("--memory", choices=SHAPES)
-    what.add_argument("--check", metavar="FOLDER_OR_ID", help="of a Qwen2.5-VL: positions, "
-                      "rollouts, two steps of every stage, memory beside the plan")
-    parser.add_argument("--judge-url", help="check: one call of this judge")
-    parser.add_argument("--judge-model", help="check: its name there")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
-                        help="benchmark and check (default: cpu)")
-    parser.add_argument("--part", action="store_true", help="used by the benchmark itself")
-    sizes = {"tokens_at_once": 16384, "group": 8, "prompts": 8, "prompt_tokens": 1024, "new": 1024}
-    for name, flag in zip(sizes, ("--tokens-at-once", "--group-size", "--prompts",
-                                  "--prompt-tokens", "--max-new-tokens")):
-        parser.add_argument(flag, dest=name, type=kit.count,
-                            help=f"memory, check (default: {sizes[name]}, {CHECK[name]})")
-    parser.add_argument("--recompute", action="store_true", help="memory, check: with that flag")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
-                        help="memory: of the backbone (default: bfloat16)")
-    given = parser.parse_args()
-    usual = CHECK if given.check else sizes
-    options = {name: getattr(given, name) or usual[name] for name in sizes}
-    options |= {"recompute": given.recompute}
-    if bool(given.judge_url) != bool(given.judge_model):
-        parser.error("--judge-url and --judge-model go together")
-    if given.memory:
-        memory(given.memory, options | {"dtype": getattr(torch, given.dtype)})
-    elif given.check:
-        judge = ["--judge-url", given.judge_url, "--judge-model", given.judge_model]
-        kit.launch(lambda _: sys.exit(not check(
-            given.check, given.device, judge * bool(given.judge_url), options)))
-    else:
-        benchmark(given.benchmark, given.device, given.part)
+def test_every_stage_runs_and_its_evaluation_is_rescored(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage1, "BASE_PHASES", tuple((p[0], 2, *p[2:]) for p in stage1.BASE_PHASES))
+    root = ["--run-root", str(tmp_path), "--eval-prompts", "2"]
+    for module, flags in ((stage1, []), (train_idm, []), (train_bc, ["--stage", "bc"]), (train_bc, []),
+                          (train_bc, ["--action-space", "token"])):
+        corpora = module in (stage1, train_idm)
+        module.main([*flags, *(root[:2] if corpora else root), "--steps", "1"])
+    for space in ("latent", "token"):
+        train_rl.main(["--algo", "grpo", "--action-space", space, "--steps", "0", "--splits", "id", *root])
+        run = tmp_path / "tiny" / f"rl-mini-grpo-{space}-s0"
+        tasks.main([str(run), "--splits", "id", "--eval-prompts", "2"])
+        table = json.loads((run / "summary.json").read_text())
+        again = tasks.rescore(run / "predictions.jsonl")
+        assert again["id greedy"]["reward"] == pytest.approx(table["id greedy"]["reward"])
+        assert (run / "report.html").exists()

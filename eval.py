@@ -1098,7 +1098,9 @@ def write_page(file: Path, task: Task, title: str, tables: dict[str, dict],
     parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
              f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}"
              "</h1>", *map(html_table, tables, tables.values())]
-    steps = [json.loads(line) for line in log.read_text().splitlines()] if log else []
+    steps = []
+    if log and log.exists():                    # of no steps there is none
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
     for curve in CURVES:
         if values := [step[curve] for step in steps if step.get(curve) is not None]:
             parts.append(svg_line(curve, values))

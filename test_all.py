@@ -2448,6 +2448,6 @@ def test_every_stage_runs_and_its_evaluation_is_rescored(tmp_path, monkeypatch):
         run = tmp_path / "tiny" / f"rl-mini-grpo-{space}-s0"
         tasks.main([str(run), "--splits", "id", "--eval-prompts", "2"])
         table = json.loads((run / "summary.json").read_text())
-        again = tasks.rescore(run / "predictions.jsonl")
+        again = tasks.rescore(str(run / "predictions.jsonl"))
         assert again["id greedy"]["reward"] == pytest.approx(table["id greedy"]["reward"])
         assert (run / "report.html").exists()

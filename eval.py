@@ -48,8 +48,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model import (Agent, Group, UserError, count, format_table, gather, init_distributed,
-                   key_seed, launch, open_image, pack, positive, rank, read_config, read_rows,
+from model import (Agent, Group, Rows, UserError, count, format_table, gather, init_distributed,
+                   key_seed, launch, open_image, pack, positive, rank, read_config,
                    rollout, say, table_cells, world_size, write_text)
 from train_projector import DIMENSIONS, MINI_TOKENS, MINI_VERSION, common_length, mini_splits
 from train_projector import judge_by_rules
@@ -224,7 +224,7 @@ def file_task(file: str, image_root=None) -> Task:
     MMRole: sft 0-45 %, valid 45-50 %, rl 50-90 %, id 90-100 %. Rows may name the `dimensions`
     that an LLM judge scores, all the same ones; the default is MMRole's eight."""
     splits, unassigned, dimensions = {split: [] for split in SPLITS}, [], None
-    for row, _ in read_rows(file, image_root):
+    for row in Rows([file], image_root):
         where, (*prompt, last) = row["where"], row["messages"]
         roles = [message["role"] for message in prompt]
         if last["role"] != "assistant" or "<image>" in last["content"] or "user" not in roles:

@@ -37,11 +37,13 @@ and 21.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import copy
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -53,7 +55,8 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -245,11 +248,13 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
 
     Safetensors only, no remote code. Raises `UserError` for anything that is not Qwen2.5-VL.
     """
+    if str(path).startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"--model {path}: no such folder (any more); name where it lies")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        if config.model_type != "qwen2_5_vl":
-            raise UserError(f"{path}: is a {config.model_type} model, not Qwen2.5-VL; "
-                            "--model takes tiny, a Qwen2.5-VL folder or a hub id")
+        if config.model_type != "qwen2_5_vl" or getattr(config, "quantization_config", None):
+            raise ValueError(f"it is a {config.model_type} model, perhaps quantised; this kit takes "
+                             "tiny, a plain Qwen2.5-VL folder or a hub id of one")
         model, loaded = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
             output_loading_info=True)
@@ -260,9 +265,9 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
         if tokenizer.chat_template is None:     # older snapshots keep it beside the processor
             file = Path(transformers.utils.cached_file(path, "chat_template.json"))
             tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {path}: cannot be loaded ({reason})") from None
+    except Exception as error:                  # a library says in many ways what a folder lacks
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {path}: cannot be loaded ({reason:.300})") from None
     return model, tokenizer, processor
 
 
@@ -379,8 +384,10 @@ class Agent(nn.Module):
             if getattr(self, name) is None:
                 self.make(name)
             module = getattr(self, name).requires_grad_(False)
-            try:
-                module.load_state_dict(part, strict=name != "backbone")
+            try:        # of a backbone that the release's SFT trained, the file holds a part
+                if name == "backbone":
+                    part = {**module.state_dict(), **part}
+                module.load_state_dict(part)
             except RuntimeError as error:
                 raise UserError(f"{path}: {name} does not fit this run's structure "
                                 f"({error!s:.80}); redo the run with --fresh") from None
@@ -753,13 +760,45 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 class UserError(Exception):
     """A mistake outside the code: one line naming file, row and remedy; exit status 2."""
+    status = 2
 
 
 class UnusableRow(UserError):
     """A row that a corpus can do without: left out and counted there, an error elsewhere."""
 
 
-def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id: str) -> dict:
+def image_source(image, folder) -> str:
+    """A row's picture as a path or a data URL: from a path, `file://`, a data URL, an object with
+    "url", or with "bytes" (base64) or "path"."""
+    if isinstance(image, dict):
+        image = image.get("url") or (image.get("bytes") and f"data:;base64,{image['bytes']}") \
+            or image["path"]
+    if image.startswith(("http://", "https://")):
+        raise UserError(f"picture {image:.120} is an address; download it and name the file")
+    return image if image.startswith("data:") else str(Path(folder) / image.removeprefix("file://"))
+
+
+def flatten(content) -> tuple[str, list]:
+    """A message's content as text with `<image>` where a picture goes, and the pictures that its
+    typed blocks bring."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list):
+        raise TypeError("the content of a message is neither text nor a list of blocks")
+    text, images = "", []
+    for block in content:
+        if block["type"] == "text":
+            text += block["text"]
+        elif block["type"] in ("image", "image_url"):
+            text += "<image>"
+            if image := block.get(block["type"]) or block.get("url") or block.get("path"):
+                images.append(image)
+        else:
+            raise TypeError(f"a block of type {block['type']}")
+    return text, images
+
+
+def normalise_row(raw, where: str, folder: Path, row_id: str) -> dict:
     """One row in the kit's form, or `UserError` naming `where` (file:line).
 
     Accepts `messages` (role/content, content a string with `<image>` or typed blocks), ShareGPT
@@ -775,80 +814,101 @@ def normalise_row(raw, where: str, folder: Path, image_root: str | None, row_id:
         elif "text" in raw:      # in web text `<image>` is a tag of its own, no place for a picture
             turns = [("assistant", raw["text"].replace("<image>", "<img>"))]
         else:
-            raise UserError(f"{where}: no `messages`, `conversations` or `text`; see README, Rows")
+            raise UserError("no `messages`, `conversations` or `text`; see README, Rows")
         if not turns:
-            raise UserError(f"{where}: `messages` is empty; fix or remove the row")
-        messages = []
+            raise UserError("`messages` is empty; fix or remove the row")
+        messages, images = [], []
         for role, content in turns:
             if role not in ROLES:
-                raise UserError(f"{where}: role {role!r:.50} is not system, user (human) or "
-                                "assistant (gpt)")
-            if isinstance(content, list):               # typed blocks
-                content = "".join("<image>" if block["type"].startswith("image") else block["text"]
-                                  for block in content)
-            if not isinstance(content, str):
-                raise TypeError("the content of a message is not text")
-            messages.append({"role": ROLES[role], "content": content})
-        images = raw.get("images", raw.get("image")) or []
-        images = [i for i in (images if isinstance(images, list) else [images]) if i != "None"]
+                raise UserError(f"role {role!r:.50} is not system, user (human) or assistant (gpt)")
+            text, shown = flatten(content)
+            messages.append({"role": ROLES[role], "content": text})
+            images += shown
+        images = images or raw.get("images") or raw.get("image") or []
+        if not isinstance(images, list):
+            images = [images]
+        images = [image_source(image, folder) for image in images if image != "None"]
         if images and not any("<image>" in m["content"] for m in messages):
             # Leading if absent: before the first user message.
             first = next(m for m in messages if m["role"] == "user")
             first["content"] = "<image>" * len(images) + "\n" + first["content"]
-        images = [str(Path(image_root or folder) / image) for image in images]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, StopIteration, TypeError) as error:
         raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Rows"
                         ) from None
-    kept = {k: v for k, v in raw.items() if k not in ("conversations", "image")}
-    own_id = row_id if raw.get("id") is None else str(raw["id"])
-    return {**kept, "messages": messages, "images": images, "id": own_id, "where": where}
+    row = {key: value for key, value in raw.items() if key not in ("conversations", "image")}
+    if raw.get("id") is not None:
+        row_id = str(raw["id"])
+    return {**row, "messages": messages, "images": images, "id": row_id, "where": where}
 
 
-def read_rows(file, image_root: str | None = None, position=(0, 0), place: int = 0):
-    """Yield (row, next position) of a JSON or JSONL file.
+class Rows:
+    """Rows by number: those of JSON and JSONL files, or of lists in memory (the toy world). Of a
+    JSONL file the places of its rows alone are kept in memory.
 
-    JSONL is streamed by byte offset; a file that is one JSON array is read whole. A position is
-    (byte offset or array index, line number). A row without an id is named by the file's `place`
-    in its list, its name and the line, wherever it lies. Errors: `UserError` with file:line.
-    """
-    path, (offset, line) = Path(file), position
-    where = str(path)
+    A row without an id is named by its file's place in the list, its name and the line, wherever
+    it lies. Errors: `UserError` with file:line."""
 
-    def row(raw):
-        return normalise_row(raw, where, path.parent, image_root, f"{place}/{path.name}:{line}")
+    def __init__(self, sources: list, image_root: str | None = None):
+        self.sources, self.image_root, self.parts = sources, image_root, []
+        for source in sources:
+            self.parts.append(places_of_rows(source) if isinstance(source, str) else source)
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, n: int) -> dict:
+        k = int(np.searchsorted(self.ends, n, side="right"))
+        source, part = self.sources[k], self.parts[k]
+        raw = part[n - int(self.ends[k]) + len(part)]
+        if not isinstance(source, str):
+            return raw
+        path, (line, raw) = Path(source), raw
+        where = f"{path}:{line}"
+        if isinstance(part, np.ndarray):            # places in a JSONL file
+            with open(path, "rb") as f:
+                f.seek(raw)
+                raw = parse_json(f.readline(), where)
+        return normalise_row(raw, where, self.image_root or path.parent, f"{k}/{path.name}:{line}")
+
+
+def parse_json(text: bytes, where: str):
     try:
-        with open(path, "rb") as f:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); fix or remove "
+                        "the row") from None
+
+
+def places_of_rows(file: str) -> np.ndarray | list[tuple[int, dict]]:
+    """The rows of a JSONL file as (line, byte offset), (n, 2); of one that is a JSON array as
+    (number, row)."""
+    try:
+        with open(file, "rb") as f:
             if f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                for line, raw in enumerate(json.load(f)[line:], line + 1):
-                    where = f"{path}: row {line}"
-                    yield row(raw), (line, line)
-                return
-            f.seek(offset)
-            for raw in f:
-                line, offset = line + 1, offset + len(raw)
-                where = f"{path}:{line}"
-                if raw.strip():
-                    yield row(json.loads(raw)), (offset, line)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); check the "
-                        "path, fix or remove the row") from None
-
-
-def count_rows(file: str) -> float:
-    """Rows of a file: counted if it is an array or short, else by its size and its first MiB."""
-    with open(file, "rb") as f:
-        head = f.read(2 ** 20)
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return sum(1 for _ in read_rows(file))
-    lines = sum(1 for line in head.splitlines() if line.strip())
-    return lines * os.path.getsize(file) / max(1, len(head))
+                return list(enumerate(parse_json(f.read(), file), 1))
+            places, offset = array("q"), 0
+            for line, text in enumerate(f, 1):
+                if text.strip():
+                    places.extend((line, offset))
+                offset += len(text)
+            return np.array(places).reshape(-1, 2)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error}); check the path") from None
 
 
 def open_image(image, where: str, size: tuple[int, int] | None = None):
     """(height, width) of an upright picture from its header alone, or with `size` its RGB pixels
-    at that (height, width), a PIL image; `UserError` names row and file."""
+    at that (height, width), a PIL image; transparent ground is white. `UnusableRow` names row and
+    file."""
     try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        picture = image
+        if isinstance(image, str) and image.startswith("data:"):
+            picture = Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2])))
+        elif not isinstance(image, Image.Image):
+            picture = Image.open(image)
         if size is None:
             # A TIFF's size is that of the upright picture; PNG's own getexif would decode it.
             lies = picture.format != "TIFF" and Image.Image.getexif(picture).get(274) in range(5, 9)
@@ -857,10 +917,14 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                # 16 bits a pixel
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB").resize(size[::-1], Image.BICUBIC)
     except Exception as error:                          # PIL raises whatever damage leads to
-        raise UserError(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
-                        "replace it or remove the row (see --image-root)") from None
+        raise UnusableRow(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
+                          "replace it (see --image-root), or remove the row and start again from "
+                          "the first stage that read it (--fresh)") from None
 
 
 @dataclass
@@ -874,9 +938,9 @@ class Example:
     tokens: Tensor              # (M,) text token ids
     predicts: Tensor            # (M,) bool: tokens[t + 1] is to be predicted at t
     seen_image: Tensor          # (M,) bool: after the row's first image
-    images: list                # PIL images or paths, decoded shortly before they are used
+    images: list                # paths, data URLs or PIL images
     grids: Tensor               # (n, 3) patches in time, height, width
-    pixels: Tensor | None = None            # (patches, 1176) of the images once decoded
+    pixels: Future | None = None            # (patches, 1176) of the images, being decoded
 
     def __len__(self):
         return len(self.ids)
@@ -900,7 +964,7 @@ class Batch:
         self.predicts = padded("predicts")                                  # (B, M) bool
         self.seen_image = padded("seen_image")                              # (B, M) bool
         self.lengths = torch.tensor([len(row) for row in rows])             # (B,)
-        self.text_lengths = torch.tensor([len(row.tokens) for row in rows])             # (B,)
+        self.text_lengths = torch.tensor([len(row.tokens) for row in rows])     # (B,)
         self.has_image = torch.tensor([len(row.grids) > 0 for row in rows])     # (B,) bool
         self.grids = torch.cat([row.grids for row in rows])                 # (images, 3)
         self.pixels = pixels                            # (patches, 1176) of all images, or None
@@ -932,19 +996,28 @@ class Encoder:
     """Tokenizer and image processor: conversation -> Example -> Batch."""
 
     def __init__(self, tokenizer, processor, model, image_tokens: int | None = None):
-        """image_tokens: most tokens an image may have, or None for the processor's own limits."""
+        """image_tokens: most tokens an image may have, or None for the processor's own limits.
+        `UserError` for a chat template in which the assistant's turns cannot be found."""
         self.tokenizer, self.processor, config = tokenizer, processor, model.config
         self.rope_index = model.model.get_rope_index
-        self.merge = config.vision_config.spatial_merge_size
+        self.merge, self.image_tokens = config.vision_config.spatial_merge_size, image_tokens
         self.image_token = config.image_token_id
-        self.pad = tokenizer.pad_token_id
+        self.pad = tokenizer.pad_token_id or 0          # some tokenizers have none
         self.longest = config.text_config.max_position_embeddings
-        ids = tokenizer.convert_tokens_to_ids
-        self.vision_ids = torch.tensor([i for t in VISION_TOKENS if (i := ids(t)) is not None])
-        self.stop_ids = torch.tensor(sorted({ids("<|im_end|>"), ids("<|endoftext|>")}))
+        vision, stops = [], set()
+        for token in VISION_TOKENS:
+            if (token_id := tokenizer.convert_tokens_to_ids(token)) is not None:
+                vision.append(token_id)
+        for token in ("<|im_end|>", "<|endoftext|>"):
+            stops.add(tokenizer.convert_tokens_to_ids(token))
+        self.vision_ids, self.stop_ids = torch.tensor(vision), torch.tensor(sorted(stops))
         self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
                          "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        if "<|im_start|>assistant" not in tokenizer.apply_chat_template(probe, tokenize=False):
+            raise UserError("--model: its chat template does not write <|im_start|>assistant before "
+                            "an answer, as Qwen2.5-VL's does; restore that template")
         self.min_pixels = processor.size["shortest_edge"]
         self.max_pixels = processor.size["longest_edge"]
         if image_tokens:
@@ -954,26 +1027,27 @@ class Encoder:
 
     def grid(self, image, where: str) -> tuple[int, int, int]:
         """Patches (time, height, width) of an image, from its header alone."""
-        patch = self.processor.patch_size
-        height, width = open_image(image, where)
+        (height, width), side = open_image(image, where), self.processor.patch_size * self.merge
         try:
-            height, width = smart_resize(height, width, patch * self.merge, self.min_pixels,
-                                         self.max_pixels)
+            height, width = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
         except ValueError as error:
-            raise UserError(f"{where}: an image cannot be resized ({error}); replace it") from None
-        return 1, height // patch, width // patch
+            raise UnusableRow(f"{where}: an image cannot be resized ({error}); replace it") from None
+        down, across = height // side, width // side
+        if self.image_tokens and down * across > self.image_tokens:     # a thin one, a cell wide
+            down, across = min(down, self.image_tokens), min(across, self.image_tokens)
+        return 1, down * self.merge, across * self.merge
 
     def check(self, row: dict):
         """Raises `UnusableRow` for text that cannot be tokenised as what it says."""
         where = row.get("where", f"row {row['id']}")
-        said = "\n".join(m["content"] for m in row["messages"])
-        if said.count("<image>") != len(row["images"]):
-            raise UnusableRow(f"{where}: {said.count('<image>')} `<image>` placeholders but "
+        text = "\n".join(m["content"] for m in row["messages"])
+        if text.count("<image>") != len(row["images"]):
+            raise UnusableRow(f"{where}: {text.count('<image>')} `<image>` placeholders but "
                               f"{len(row['images'])} images; make them equal")
         for token in self.reserved:
-            if token in said:
+            if token in text:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
-        if said != said.encode("utf-8", "ignore").decode():
+        if text != text.encode("utf-8", "ignore").decode():
             raise UnusableRow(f"{where}: its text contains half a character (a lone surrogate)")
 
     def encode(self, row: dict, prompt: bool = False, responses_only: bool = False) -> Example:
@@ -983,19 +1057,27 @@ class Encoder:
         included (task rows)."""
         self.check(row)
         where = row.get("where", f"row {row['id']}")
-        messages = [{"role": m["role"], "content": m["content"].replace("<image>", IMAGE)}
-                    for m in row["messages"]]
+        messages = []
+        for m in row["messages"]:
+            messages.append({"role": m["role"], "content": m["content"].replace("<image>", IMAGE)})
         if prompt and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=prompt)
-        ids = torch.tensor(self.tokenizer.encode(text if prompt else text.rstrip("\n"),
-                                                 add_special_tokens=False))
+        if not prompt:
+            text = text.rstrip("\n")
+        ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
         grids = torch.tensor([self.grid(image, where) for image in row["images"]],
                              dtype=torch.long).view(-1, 3)
-        repeats = torch.ones_like(ids)
-        repeats[ids == self.image_token] = grids.prod(-1) // self.merge ** 2
-        ids = ids.repeat_interleave(repeats)
+        of_image, positions = ids == self.image_token, torch.arange(len(ids))[:, None].expand(-1, 3)
+        if len(grids):
+            repeats = torch.ones_like(ids)
+            repeats[of_image] = grids.prod(-1) // self.merge ** 2
+            ids = ids.repeat_interleave(repeats)
+            of_image = ids == self.image_token
+            positions, _ = self.rope_index(ids[None], mm_token_type_ids=of_image.int()[None],
+                                           image_grid_thw=grids)
+            positions = positions[:, 0].T
         if prompt and len(ids) > self.longest:
             raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
                             f"{self.longest}; shorten it (prompts are never cut)")
@@ -1003,175 +1085,155 @@ class Encoder:
         predicts = torch.zeros(len(index), dtype=torch.bool)
         predicts[:-1] = index[1:] == index[:-1] + 1          # after a vision token stands no state
         if responses_only:
-            tokens, ends, response, answering = ids.tolist(), self.stop_ids.tolist(), [], False
-            for t, token in enumerate(tokens):
-                response.append(answering)
-                newline = tokens[max(0, t - len(self.turn)):t] == self.turn     # after the role
-                answering = newline or (answering and token not in ends)
-            predicts[:-1] &= torch.tensor(response)[index[1:]]
-        of_image = ids == self.image_token
-        positions, _ = self.rope_index(ids[None], mm_token_type_ids=of_image.int()[None],
-                                       image_grid_thw=grids if len(grids) else None)
-        return Example(row["id"], where, ids, positions[:, 0].T, index, ids[index], predicts,
+            predicts[:-1] &= self.of_responses(ids.tolist())[index[1:]]
+        return Example(row["id"], where, ids, positions, index, ids[index], predicts,
                        of_image.cumsum(0)[index] > 0, row["images"], grids)
 
-    def pixels(self, example: Example) -> Tensor | None:
+    def of_responses(self, ids: list[int]) -> Tensor:
+        """Which tokens are the assistant's, the ends of its turns included: (T,) bool."""
+        stops, answers, answering = self.stop_ids.tolist(), [], False
+        for t, token in enumerate(ids):
+            answers.append(answering)
+            newline = ids[max(0, t - len(self.turn)):t] == self.turn        # after the role
+            answering = newline or (answering and token not in stops)
+        return torch.tensor(answers)
+
+    def pixels(self, example: Example) -> Tensor:
         """(patches, 1176) of a row's images, decoded here and not before."""
-        if not example.images:
-            return None
-        patch = self.processor.patch_size
-        pictures = [open_image(image, example.where, (height * patch, width * patch))
-                    for image, (_, height, width) in zip(example.images, example.grids.tolist())]
+        pictures, patch = [], self.processor.patch_size
+        for image, (_, height, width) in zip(example.images, example.grids.tolist()):
+            pictures.append(open_image(image, example.where, (height * patch, width * patch)))
         return self.processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def collate(self, examples: list[Example]) -> Batch:
         """B rows as one right-padded batch, their images decoded where no thread has done so."""
-        pixels = [self.pixels(e) if e.pixels is None else e.pixels for e in examples if e.images]
+        pixels = []
+        for example in examples:
+            if example.pixels:
+                pixels.append(example.pixels.result())
+            elif example.images:
+                pixels.append(self.pixels(example))
         return Batch(examples, self.pad, torch.cat(pixels) if pixels else None)
 
 
-class Source:
-    """One file of rows, or rows in memory (the mini world), read on and on from any position."""
-
-    def __init__(self, source, place: int, image_root: str | None):
-        self.source, self.place, self.image_root = source, place, image_root
-        self.start = (0, 0)
-        self.rows = count_rows(source) if isinstance(source, str) else len(source)
-        self.open(self.start)
-
-    def open(self, position):
-        self.position, n = tuple(position), position[1]
-        self.reader = read_rows(self.source, self.image_root, position, self.place) \
-            if isinstance(self.source, str) else (
-                (row, (k, k)) for k, row in enumerate(self.source[n:], n + 1))
-
-    def next(self):
-        """The next row, the first again after the last."""
-        for _ in range(2):
-            for row, self.position in self.reader:
-                return row
-            self.open(self.start)
-        raise UserError(f"{self.source}: holds no rows to train on")
-
-
-prefetch = ThreadPoolExecutor(1, "prefetch")            # one thread for all streams
+decoders = ThreadPoolExecutor(4, "decode")              # of pictures; they do nothing else
 
 
 class Stream:
-    """Endless shuffled batches of one kind of rows, resumable at the exact row.
+    """Endless shuffled batches of one kind of rows, resumable at the exact batch.
 
-    Several files are interleaved by their numbers of rows. Rows
-    are read in blocks; a block is shuffled by a seed of its own, grouped into batches of
-    `batch_tokens` tokens with similar lengths together, and the batches shuffled. The cursor (the
-    block, where each file stood at its start, the batch in it) rebuilds everything. The global
-    batch is the same for any number of ranks: each tokenises every world-th row of a block, once,
-    and trains on those. A thread prepares the next batch, pictures too, while one trains.
+    Each epoch shuffles all rows of all files by a seed of its own and cuts them into blocks of at
+    most `block`; a block's rows are tokenised, grouped into batches of `batch_tokens` tokens with
+    similar lengths together, and the batches shuffled. The cursor (block, batch in it) rebuilds
+    everything. The global batch is the same for any number of ranks: each tokenises every world-th
+    row of a block, and trains on those. The next batch's pictures are decoded while this one trains.
     """
 
-    def __init__(self, source, encoder: Encoder, batch_tokens: int, seed: int,
-                 image_root: str | None = None, max_tokens: int = 2048, block: int = 2048,
-                 hold_out: int = 0, responses_only: bool = False, pictures: bool | None = None):
-        self.encoder, self.seed, self.responses_only = encoder, seed, responses_only
-        self.pictures = pictures                        # whether rows must have some, or None
+    def __init__(self, rows: Rows, encoder: Encoder, batch_tokens: int, seed: int,
+                 max_tokens: int = 2048, block: int = 2048, hold_out: int = 0,
+                 responses_only: bool = False, pictures: bool | None = None, strict: bool = False):
+        """hold_out: about so many first rows, of every file at most a tenth, are kept for reports;
+        pictures: whether rows must have some, or None; strict: a row that cannot be used is an
+        error, not left out (a task's own rows)."""
+        self.rows, self.encoder, self.seed, self.strict = rows, encoder, seed, strict
         self.batch_tokens, self.max_tokens = batch_tokens, max_tokens
-        files = source if source and isinstance(source[0], str) else [source]
-        self.sources = [Source(file, place, image_root) for place, file in enumerate(files)]
-        self.encoded, self.left_out, self.held_out, self.pending = {}, {}, [], None
-        for part in self.sources:           # the first rows, at most a tenth, for the report
-            n = min(math.ceil(hold_out / len(files)), max(1, int(part.rows) // 10))
-            held = [self._fit(part.next()) for _ in range(n if part.rows > 1 else 0)]
-            self.held_out += [e for e in held if e]
-            part.start, part.rows = part.position, part.rows - len(held)
-        self.rows = max(1, sum(part.rows for part in self.sources))
-        self.block = math.ceil(self.rows / math.ceil(self.rows / block))
-        weights = [part.rows for part in self.sources]
-        self.shares = [weight / (sum(weights) or 1) for weight in weights]
-        self.load_state_dict({"block": 0, "batch": 0, "credit": self.shares,
-                              "positions": [part.position for part in self.sources]})
+        self.responses_only, self.pictures = responses_only, pictures
+        self.named, held, kept, end = set(), [], [], 0      # rows already named as left out
+        for part in rows.parts:
+            n = min(math.ceil(hold_out / len(rows.parts)), len(part) // 10)
+            held.append(np.arange(end, end + n))
+            kept.append(np.arange(end + n, end + len(part)))
+            end += len(part)
+        self.numbers = np.concatenate(kept)
+        self.blocks = max(1, math.ceil(len(self.numbers) / block))         # of an epoch
+        self.held_out = list(self.encode(np.concatenate(held))[0].values())
+        self.load_state_dict({"block": 0, "batch": 0})
 
     def state_dict(self) -> dict:
-        return self.cursor
+        return dict(self.cursor)
 
     def load_state_dict(self, cursor: dict):
-        if self.pending:
-            self.pending.exception()                    # wait: the thread lets go of the sources
-        for part, position in zip(self.sources, cursor["positions"], strict=True):
-            if part.position != tuple(position):
-                part.open(position)
-        self.cursor, self.pending, self.batches = cursor, None, self._batches(cursor)
+        self.cursor, self.ahead = dict(cursor), []
+        self.batches = self.make_block(cursor["block"])
 
-    def _fit(self, row) -> Example | None:
-        """The row within `max_tokens`: cut at a message boundary, or None if it cannot be used."""
-        if id(row) in self.encoded:
-            return self.encoded[id(row)]
-        messages, example = list(row["messages"]), None
-        try:
-            if self.pictures not in (None, bool(row["images"])):
-                raise UnusableRow(f"{row.get('where', row['id'])}: has {len(row['images'])} images,"
-                                  " but --paired takes rows with and --text rows without")
-            example = self.encoder.encode(row, False, self.responses_only)
-            while len(example) > self.max_tokens and len(messages) > 1:
-                messages.pop()
-                if messages[-1]["role"] == "assistant":
-                    shown = sum(m["content"].count("<image>") for m in messages)
-                    example = self.encoder.encode({**row, "messages": messages, "images": row[
-                        "images"][:shown]}, False, self.responses_only)
-            if len(example) > self.max_tokens:
-                raise UnusableRow(f"{example.where}: over {self.max_tokens} tokens without a "
-                                  "message boundary to cut at")
-        except UnusableRow as error:
-            if self.responses_only and not example:     # a task's own rows are refused
-                raise
-            example = None
-            self.left_out[str(error)] = None            # an ordered set
-        if not isinstance(self.sources[0].source, str):
-            self.encoded[id(row)] = example
-        return example
-
-    def _batches(self, cursor: dict):
-        """Yield this rank's examples of each batch from `cursor` on, their pictures decoded, and
-        the cursor after it. Runs in the prefetching thread."""
-        named = barren = 0
+    def fit(self, row: dict) -> Example:
+        """The row within `max_tokens`, cut at a message boundary; `UnusableRow` if there is none or
+        nothing in it is to be predicted."""
+        where, part = row.get("where", row["id"]), row
         while True:
-            rows, credit = [], list(cursor["credit"])
-            while len(rows) < self.block:
-                # Weighted round robin: each file earns its share, the richest pays one for a row.
-                chosen = max(range(len(credit)), key=credit.__getitem__)
-                credit = [c + share for c, share in zip(credit, self.shares)]
-                credit[chosen] -= 1
-                rows.append(self.sources[chosen].next())
-            examples = {n: self._fit(rows[n]) for n in range(rank(), len(rows), world_size())}
-            lengths = gather({n: len(e) for n, e in examples.items() if e}, PREFETCH_GROUP[0])
-            if new := list(self.left_out)[named:]:
-                print(f"note: {len(new)} rows left out: {'; '.join(new[:3])}", flush=True)
-                named += len(new)
-            barren = 0 if lengths else barren + len(rows)
-            if barren >= self.rows:
-                raise UserError(f"{[str(part.source)[:80] for part in self.sources]}: not one row "
-                                f"can be trained on: {next(iter(self.left_out), 'all empty'):.200}")
-            rng, kept = random.Random(key_seed(self.seed, cursor["block"])), sorted(lengths)
-            rng.shuffle(kept)
-            kept.sort(key=lambda n: lengths[n] // 32)   # stable: similar lengths, random order
-            batches, total = [], 0
-            for n in kept:
-                if not batches or total + lengths[n] > self.batch_tokens:
-                    batches, total = batches + [[]], 0
-                batches[-1].append(n)
-                total += lengths[n]
-            rng.shuffle(batches)
-            for n in range(cursor["batch"], len(batches)):
-                own = [examples[k] for k in batches[n] if k in examples]
-                yield [replace(e, pixels=self.encoder.pixels(e)) for e in own], {
-                    **cursor, "batch": n + 1}
-            cursor = {"block": cursor["block"] + 1, "batch": 0, "credit": credit,
-                      "positions": [part.position for part in self.sources]}
+            if self.pictures not in (None, bool(part["images"])):
+                raise UnusableRow(f"{where}: has {len(part['images'])} images within "
+                                  f"{self.max_tokens} tokens, but --paired takes rows with and "
+                                  "--text rows without")
+            example = self.encoder.encode(part, responses_only=self.responses_only)
+            if not example.predicts.any():
+                raise UnusableRow(f"{where}: nothing in it is to be predicted (an empty answer?)")
+            if len(example) <= self.max_tokens:
+                return example
+            messages = part["messages"][:-1]
+            while messages and messages[-1]["role"] != "assistant":
+                messages = messages[:-1]
+            if not messages:
+                raise UnusableRow(f"{where}: over {self.max_tokens} tokens without a message "
+                                  "boundary to cut at")
+            shown = sum(m["content"].count("<image>") for m in messages)
+            part = {**row, "messages": messages, "images": row["images"][:shown]}
+
+    def encode(self, numbers) -> tuple[dict[int, Example], dict[int, str]]:
+        """Those of these rows that can be used, by number, and why the others cannot."""
+        examples, left_out = {}, {}
+        for n in numbers.tolist():
+            try:
+                examples[n] = self.fit(self.rows[n])
+            except UnusableRow as error:
+                if self.strict:
+                    raise
+                left_out[n] = str(error)
+        return examples, left_out
+
+    def make_block(self, block: int) -> list[list[Example]]:
+        """This rank's examples of each batch of a block."""
+        epoch, part = divmod(block, self.blocks)
+        rng = np.random.default_rng(key_seed(self.seed, epoch))
+        numbers = np.array_split(rng.permutation(self.numbers), self.blocks)[part]
+        examples, left_out = self.encode(numbers[rank()::world_size()])
+        lengths = gather({n: len(example) for n, example in examples.items()})
+        left_out = gather(left_out)
+        new = [left_out[n] for n in sorted(left_out.keys() - self.named)]
+        self.named |= left_out.keys()
+        if new:
+            say(f"note: {len(new)} rows left out: {'; '.join(new[:3])}")
+        if not lengths:
+            raise UserError(f"{[str(source)[:80] for source in self.rows.sources]}: not one row of "
+                            f"{len(numbers)} can be trained on: {'; '.join(new[:1]) or 'all empty'}")
+        # Similar lengths together, in random order; as many as a batch holds; batches in random order.
+        rng, order, batches, total = random.Random(key_seed(self.seed, block)), sorted(lengths), [], 0
+        rng.shuffle(order)
+        for n in sorted(order, key=lambda n: lengths[n] // 32):
+            if not batches or total + lengths[n] > self.batch_tokens:
+                batches.append([])
+                total = 0
+            batches[-1].append(n)
+            total += lengths[n]
+        rng.shuffle(batches)
+        return [[examples[n] for n in batch if n in examples] for batch in batches]
+
+    def decoding(self) -> list[Example]:
+        """The cursor's batch, its pictures on their way; none after a block's last."""
+        batch = []
+        for example in (self.batches + [[]])[self.cursor["batch"]]:
+            if example.images:
+                example = replace(example, pixels=decoders.submit(self.encoder.pixels, example))
+            batch.append(example)
+        return batch
 
     def next(self) -> list[Example]:
         """This rank's examples of the next global batch (may be none on a small batch)."""
-        # What the thread raised is kept, and raised again by the next call.
-        self.pending = self.pending or prefetch.submit(next, self.batches)
-        examples, self.cursor = self.pending.result()
-        self.pending = prefetch.submit(next, self.batches)
+        if self.cursor["batch"] == len(self.batches):
+            self.load_state_dict({"block": self.cursor["block"] + 1, "batch": 0})
+        examples = self.ahead or self.decoding()
+        self.cursor["batch"] += 1
+        self.ahead = self.decoding()
         return examples
 
 
@@ -1272,7 +1334,7 @@ def launch(main):
     except BrokenPipeError:                         # `| head` has seen enough
         status = 141
     except (UserError, OSError) as error:
-        status = getattr(error, "status", 2)
+        status = getattr(error, "status", 2)     # an OSError has none
         remedy = "" if isinstance(error, UserError) else "; check the path, space and permissions"
         line = " ".join(f"{error}{remedy}".split())
         if len(line) > 1200:
@@ -1285,17 +1347,11 @@ def launch(main):
     if status:
         os._exit(status)        # at once: no wait for calls of the judge or for other ranks
     if dist.is_initialized():
-        prefetch.submit(lambda: None).result()          # its last collective is done on all ranks
         dist.destroy_process_group()
 
 
 def device_of(args) -> str:
     return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-# The prefetching thread's own: in one group its collectives and the loop's could meet in another
-# order on each rank.
-PREFETCH_GROUP = [None]
 
 
 def init_distributed(args):
@@ -1317,7 +1373,6 @@ def init_distributed(args):
     store = dist.PrefixStore(f"kit {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own_rank,
                             world_size=size, timeout=hours)
-    PREFETCH_GROUP[0] = dist.new_group(backend="gloo", timeout=hours)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -1347,12 +1402,12 @@ def say(*words, sep: str = " "):
         print(*words, sep=sep, flush=True)
 
 
-def gather(part: dict, group=None) -> dict:
+def gather(part: dict) -> dict:
     """The union of every rank's dict, on all ranks."""
     if not dist.is_initialized():
         return part
     parts, union = [None] * world_size(), {}
-    dist.all_gather_object(parts, part, group)
+    dist.all_gather_object(parts, part)
     for one in parts:
         union |= one
     return union

@@ -27,7 +27,7 @@ import sys
 import train_idm
 from eval import MODES, choose_splits, evaluate, load_task, task_data, task_flags
 from eval import without_dimensions
-from model import (Agent, Batch, Run, Stream, UserError, all_sum, code_usage, cosine, fill,
+from model import (Agent, Batch, Rows, Run, Stream, UserError, all_sum, code_usage, cosine, fill,
                    folder_of, key_seed, launch, make_parser, micro_batches, next_batches,
                    optimizer_step, predecessor, text_positions, token_counts, token_logprobs)
 from train_projector import corpora, data_of, ensure_base
@@ -171,9 +171,10 @@ def main(argv=None):
     if cloning:
         streams, held = corpora(args, agent.encoder)
     else:
-        streams = {"sft": Stream(task.splits["sft"], agent.encoder, args.batch_tokens,
+        # The release's way fits all text of a dialogue, the others the answers alone.
+        streams = {"sft": Stream(Rows([task.splits["sft"]]), agent.encoder, args.batch_tokens,
                                  key_seed(args.seed, "sft"), max_tokens=4096,
-                                 responses_only=True)}
+                                 responses_only=not release, strict=True)}
     modules = agent.train_only("backbone" if release else "policy")
     if release:
         train_last_layers(agent)

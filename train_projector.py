@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
-                   Qwen2VLImageProcessorPil, Run, Stream, UserError, agreed, all_sum, barrier,
+                   Qwen2VLImageProcessorPil, Rows, Run, Stream, UserError, agreed, all_sum, barrier,
                    cosine, device_of, fill, folder_of, key_seed, launch, make_parser, micro_batches,
                    model_root, next_batches, optimizer_step, rank, read_config, say, token_counts,
                    token_logprobs)
@@ -147,8 +147,8 @@ def corpora(args, encoder: Encoder) -> tuple[dict[str, Stream], dict[str, list[E
     for kind in ("paired", "text"):
         if kind not in args.without:
             seed = key_seed(args.seed, kind)
-            rows = getattr(args, kind) or mini_corpus(kind, CORPUS[kind], seed)
-            streams[kind] = Stream(rows, encoder, args.batch_tokens, seed, args.image_root,
+            files = getattr(args, kind) or [mini_corpus(kind, CORPUS[kind], seed)]
+            streams[kind] = Stream(Rows(files, args.image_root), encoder, args.batch_tokens, seed,
                                    hold_out=96, pictures=kind == "paired")
     held = {"id": streams["paired"].held_out}
     if not args.paired:
@@ -686,14 +686,12 @@ def ensure_base(args):
         (matrices if p.dim() == 2 and "embed" not in name else others).append(p)
     muon = torch.optim.Muon(matrices, weight_decay=0.0)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    rows = {phase: [row for kind, n in kinds.items()
-                    for row in mini_corpus(kind, n, key_seed(seed, phase))]
-            for phase, kinds in BASE_ROWS.items()}
-    for phase in rows:                              # a stream reads in blocks: mix the kinds
-        random.Random(key_seed(seed, phase)).shuffle(rows[phase])
-    streams = {phase: Stream(rows[phase], agent.encoder, BASE_TOKENS, key_seed(seed, phase))
-               for phase in rows}
-    words = {row["id"]: cell_words(row, tokenizer) for row in rows["align"]}
+    rows, streams = {}, {}
+    for phase, kinds in BASE_ROWS.items():
+        rows[phase] = [mini_corpus(kind, n, key_seed(seed, phase)) for kind, n in kinds.items()]
+        streams[phase] = Stream(Rows(rows[phase]), agent.encoder, BASE_TOKENS,
+                                key_seed(seed, phase))
+    words = {row["id"]: cell_words(row, tokenizer) for row in rows["align"][0]}
     state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}
     for step in range(run.resume(state), run.steps):
         phase, phase_step, phase_steps, *lrs = plan[step]

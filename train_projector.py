@@ -625,6 +625,35 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
     return model, tokenizer, Qwen2VLImageProcessorPil(size=size)
 
 
+def orthogonalised(x: Tensor) -> Tensor:
+    """About U V^T of a matrix x = U S V^T, (m, n) -> (m, n): five steps of a quintic Newton-Schulz
+    iteration (Jordan et al., 2024)."""
+    wide = x.T if len(x) > x.shape[1] else x
+    wide = wide / wide.norm().clamp(min=1e-7)           # no singular value above 1
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
+    return wide.T if len(x) > x.shape[1] else wide
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, a matrix at a time. torch.optim.Muon computes in bfloat16,
+    which processors without bfloat16 instructions emulate: most laptops' time went there."""
+
+    def __init__(self, params, momentum: float = 0.95):
+        super().__init__(params, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(average, group["momentum"]))
+                p.sub_(update, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
 def align_loss(agent: Agent, batch: Batch, words: dict[str, Tensor]) -> Tensor:
     """Each visual token names its cell through the output head: grounding's kick-start.
 
@@ -684,7 +713,7 @@ def ensure_base(args):
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if p.dim() == 2 and "embed" not in name else others).append(p)
-    muon = torch.optim.Muon(matrices, weight_decay=0.0)
+    muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     rows, streams = {}, {}
     for phase, kinds in BASE_ROWS.items():

@@ -51,8 +51,7 @@ import numpy as np
 from model import (Agent, Group, Rows, UserError, count, format_table, gather, init_distributed,
                    key_seed, launch, open_image, pack, positive, rank, read_config,
                    rollout, say, table_cells, world_size, write_text)
-from train_projector import DIMENSIONS, MINI_TOKENS, MINI_VERSION, common_length, mini_splits
-from train_projector import judge_by_rules
+from train_projector import DIMENSIONS, MINI_TOKENS, judge_by_rules, mini_splits, world_name
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +175,7 @@ def task_data(args) -> dict:
     """What a run of a task must share with those that start from it: the task's files by name and
     size, or the toy world's version and cast."""
     if args.task == "mini":
-        return {"task": f"toy world {MINI_VERSION}"}
+        return {"task": world_name()}
     files = [Path(args.task)]
     if args.task in TASKS:
         files = sorted(Path(args.task_root).rglob("*.json"))
@@ -677,6 +676,18 @@ def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
         f1 = 2 * common_length(words, right) / max(1, len(words) + len(right))
         replies.append(f"Reference Overlap: words in order. [Scores]: ({10 * f1:.4f}, 10)")
     return replies
+
+
+def common_length(a, b) -> int:
+    """Length of the longest common subsequence, bit-parallel (Hyyro, 2004)."""
+    at = {}
+    for i, word in enumerate(a):
+        at[word] = at.get(word, 0) | 1 << i
+    full = row = (1 << len(a)) - 1
+    for word in b:
+        match = row & at.get(word, 0)
+        row = (row + match | row - match) & full
+    return len(a) - row.bit_count()
 
 
 # ---- Metrics ---------------------------------------------------------------------------------

@@ -566,9 +566,9 @@ class Endpoint:
                         lost += 1
                         if lost == THREADS or not self.answers:
                             raise UserError(
-                                f"--judge-url {self.url}: no usable reply in {lost} calls ({reason})"
-                                f"; see that the server runs and serves {self.model}, then run the "
-                                "same command again")
+                                f"--judge-url {self.url}: no usable reply in {lost} calls "
+                                f"({reason}); see that the server runs and serves {self.model}, "
+                                "then run the same command again")
         finally:                                    # do not wait for calls in flight
             pool.shutdown(wait=False, cancel_futures=True)
         return [self.cache.get(key) for key in keys]
@@ -952,8 +952,8 @@ def main(argv=None):
         raise UserError(f"--splits: task {task.name} has no prompts in some of "
                         f"{', '.join(args.splits or ('id', 'ood'))}")
     modes = {"greedy": (0.0, 1), "sampled": (runs[0].temperature, args.samples)}
-    say(f"{len(folders)} runs, {sum(map(len, splits.values()))} prompts, {1 + args.samples} answers "
-        f"a prompt, the sampled ones at temperature {runs[0].temperature:g}")
+    say(f"{len(folders)} runs, {sum(map(len, splits.values()))} prompts, {1 + args.samples} "
+        f"answers a prompt, the sampled ones at temperature {runs[0].temperature:g}")
     summaries, answers, above = {}, {}, os.path.commonpath([run.parent for run in folders])
     for folder in folders:
         table, predictions = evaluate(load_run(folder, args), task, splits, args.seed,
@@ -1095,7 +1095,8 @@ def code_table(predictions: list[dict]) -> dict[str, dict]:
         commonest = []
         for token, times in tokens.most_common(6):
             commonest.append(f"{token.strip()} {times / tokens.total():.0%}")
-        table[str(code)] = {"share": f"{tokens.total() / total:.1%}", "tokens": "  ".join(commonest)}
+        table[str(code)] = {"share": f"{tokens.total() / total:.1%}",
+                            "tokens": "  ".join(commonest)}
     return table
 
 

@@ -26,8 +26,13 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     the codes (train_idm.py), the policy clones them (train_bc.py), RL trains the policy alone.
 
 States do not depend on the policy. So a rollout keeps them, and its update runs the policy module
-alone: no backbone, no vision tower, no vocabulary. Deviations: README, rows 1 to 4, 9, 11, 12, 17
-and 21.
+alone: no backbone, no vision tower, no vocabulary.
+
+Deviations: (1) modules see the states of text tokens, at plain positions (release: all positions);
+(2) e^T is the text without the image's tokens (release: unfilled placeholders stay); (3) one merge
+everywhere, zero-initialised (release: two, whose logits disagree); (4) files are mixed by their
+numbers of rows, batches filled by tokens, rows over 2,048 tokens (SFT 4,096) cut at a message or
+left out; (5) pictures keep their shape within --image-tokens (release: 280 x 420).
 
     from model import Agent
     agent = Agent.from_run("runs/tiny/rl-mini-dapo-latent-s0")
@@ -205,11 +210,11 @@ class Projector(nn.Module):
         self.P, self.P_inv = GaussianMap(width), GaussianMap(width)
 
 
-def in_chunks(function, rows: int, *tensors: Tensor) -> list[Tensor]:
-    """function(*tensors), (K, ...) each -> list of tensors (K, ...), computed `rows` rows at a time
-    and again in the backward pass, so that what it makes inside never exists for all K at once."""
-    parts = [recomputed(function)(*part) for part in zip(*(x.split(max(1, rows)) for x in tensors))]
-    return [torch.cat(outputs) for outputs in zip(*parts)]
+def in_chunks(function, rows: int, *tensors: Tensor) -> Tensor:
+    """function(*tensors), (K, ...) each -> (K, ...), computed `rows` rows at a time and again in the
+    backward pass, so that what it makes inside never exists for all K at once."""
+    chunks = zip(*(x.split(max(1, rows)) for x in tensors))
+    return torch.cat([recomputed(function)(*chunk) for chunk in chunks])
 
 
 def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | None = None,
@@ -221,9 +226,10 @@ def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | N
     """
     def piece(x, targets):
         logits = head(x).float()
-        logits = logits if bias is None else logits + bias
-        return (-F.cross_entropy(logits, targets, reduction="none"),)
-    return in_chunks(piece, chunk // head.out_features, x, targets)[0]
+        if bias is not None:
+            logits = logits + bias
+        return -F.cross_entropy(logits, targets, reduction="none")
+    return in_chunks(piece, chunk // head.out_features, x, targets)
 
 
 def code_usage(counts: Tensor) -> dict[str, float]:
@@ -253,7 +259,7 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl" or getattr(config, "quantization_config", None):
-            raise ValueError(f"it is a {config.model_type} model, perhaps quantised; this kit takes "
+            raise ValueError(f"it is a {config.model_type} model, perhaps quantised; --model takes "
                              "tiny, a plain Qwen2.5-VL folder or a hub id of one")
         model, loaded = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
@@ -667,8 +673,9 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
 
     # A row for each of N answers; what leaves the batch with a finished answer stands in `rows`.
     cache, policy_cache = cache.expand(group, T), policy_cache.expand(group, T)
-    rows = {"position": batch.positions[0, row, batch.lengths - 1] + 1, "policy_position": start + 1,
-            "has_image": batch.has_image, "s": inputs[row, last], "h": hidden[row, last]}
+    rows = {"position": batch.positions[0, row, batch.lengths - 1] + 1,
+            "policy_position": start + 1, "has_image": batch.has_image,
+            "s": inputs[row, last], "h": hidden[row, last]}
     rows = {name: x.repeat_interleave(group, 0) for name, x in rows.items()}
     rows["answer"] = torch.arange(N, device=agent.device)
     tokens = torch.full((N, T), agent.encoder.pad, device=agent.device)
@@ -1016,8 +1023,8 @@ class Encoder:
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         if "<|im_start|>assistant" not in tokenizer.apply_chat_template(probe, tokenize=False):
-            raise UserError("--model: its chat template does not write <|im_start|>assistant before "
-                            "an answer, as Qwen2.5-VL's does; restore that template")
+            raise UserError("--model: its chat template does not write <|im_start|>assistant as "
+                            "Qwen2.5-VL's does before an answer; restore that template")
         self.min_pixels = processor.size["shortest_edge"]
         self.max_pixels = processor.size["longest_edge"]
         if image_tokens:
@@ -1031,7 +1038,8 @@ class Encoder:
         try:
             height, width = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
         except ValueError as error:
-            raise UnusableRow(f"{where}: an image cannot be resized ({error}); replace it") from None
+            raise UnusableRow(f"{where}: an image cannot be resized ({error}); "
+                              "replace it") from None
         down, across = height // side, width // side
         if self.image_tokens and down * across > self.image_tokens:     # a thin one, a cell wide
             down, across = min(down, self.image_tokens), min(across, self.image_tokens)
@@ -1126,7 +1134,7 @@ class Stream:
     most `block`; a block's rows are tokenised, grouped into batches of `batch_tokens` tokens with
     similar lengths together, and the batches shuffled. The cursor (block, batch in it) rebuilds
     everything. The global batch is the same for any number of ranks: each tokenises every world-th
-    row of a block, and trains on those. The next batch's pictures are decoded while this one trains.
+    row of a block, and trains on those. The next batch's pictures are decoded meanwhile.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, batch_tokens: int, seed: int,
@@ -1204,10 +1212,12 @@ class Stream:
         if new:
             say(f"note: {len(new)} rows left out: {'; '.join(new[:3])}")
         if not lengths:
-            raise UserError(f"{[str(source)[:80] for source in self.rows.sources]}: not one row of "
-                            f"{len(numbers)} can be trained on: {'; '.join(new[:1]) or 'all empty'}")
-        # Similar lengths together, in random order; as many as a batch holds; batches in random order.
-        rng, order, batches, total = random.Random(key_seed(self.seed, block)), sorted(lengths), [], 0
+            sources = [str(source)[:80] for source in self.rows.sources]
+            raise UserError(f"{sources}: not one row of {len(numbers)} can be trained on: "
+                            + ("; ".join(new[:1]) or "all empty"))
+        # Similar lengths together, else in random order; then the batches in random order.
+        rng, batches, total = random.Random(key_seed(self.seed, block)), [], 0
+        order = sorted(lengths)
         rng.shuffle(order)
         for n in sorted(order, key=lambda n: lengths[n] // 32):
             if not batches or total + lengths[n] > self.batch_tokens:
@@ -1579,8 +1589,8 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
             if not (args.parent and kind == "task"):
                 had[kind], now[kind] = config["data"][kind], data[kind]
         if different := differing(had, now):
-            raise UserError(f"{folder} was trained otherwise ({different}); redo it and what starts "
-                            "from it (--fresh), or use another --run-root")
+            raise UserError(f"{folder} was trained otherwise ({different}); redo it and what "
+                            "starts from it (--fresh), or use another --run-root")
         return folder
     if args.parent:
         raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")

@@ -6,11 +6,15 @@ and head, and nothing else. Per token, with ratio rho = pi(a_t) / pi_old(a_t) an
 
     loss = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || pi_start)
 
-GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS, by their own papers' definitions;
-`*_released` are what the release ran under these names. Every entry is a flag, so an ablation is a
-flag and a new algorithm is a row. Advantages use the full group; answers whose judging failed are
-masked out of statistics, loss and denominators alike, never scored as 0. Deviations: README, rows
-4 and 14 to 20.
+GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS. Every entry is a flag, so an
+ablation is a flag and a new algorithm is a row.
+
+Deviations: (1) the rows are the algorithms' own papers; `*_released` are what the release ran under
+these names; (2) actions are sampled and scored on the same support and temperature (release: top-32
+sampled, all 128 scored); (3) updates and reference run on the states that the rollout kept; (4)
+failed judgements are masked out of statistics, loss and denominators (release: averaged in as 0);
+(5) DAPO averages over the global batch, as its reference code, and trains on what it has at the
+refill limit; BNPO is without dual clip; (6) 5 steps of warm-up, and beta2 = .95 for `tiny`.
 
     torchrun train_rl.py --algo dapo                      # CPU or one GPU, embedded default
     torchrun train_rl.py --algo grpo --action-space token # the token-level baseline
@@ -184,8 +188,8 @@ def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tenso
         logits = agent.action_logits(h, policy) / temperature               # (K, n)
         logps = F.log_softmax(logits, -1)
         entropy = torch.special.entr(logps.exp()).sum(-1)
-        return logps.gather(1, actions[:, None])[:, 0], entropy
-    return tuple(in_chunks(piece, chunk // policy.head.out_features, h, actions))
+        return torch.stack([logps.gather(1, actions[:, None])[:, 0], entropy], -1)
+    return in_chunks(piece, chunk // policy.head.out_features, h, actions).unbind(-1)
 
 
 def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: float,
@@ -408,12 +412,12 @@ def main(argv=None):
         return
     modules = agent.train_only("policy")
     splits = choose_splits(task, args.splits, args.eval_prompts)
-    n_prompts, modes = sum(map(len, splits.values())), {"greedy": (0.0, 1),
-                                                        "sampled": (args.temperature, 4)}
-    answers = args.steps * args.prompts * args.group_size
-    more = f" to {1 + REFILLS} times as many" if "dynamic-sampling" in args.extras else ""
-    say(f"answers to be judged in all: {answers}{more} in training, "
-        f"{2 * n_prompts * 5} in the evaluation before and after")
+    modes = {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
+    n_prompts, most = sum(map(len, splits.values())), 1
+    if "dynamic-sampling" in args.extras:
+        most += REFILLS
+    say(f"answers to be judged: at most {most * args.steps * args.prompts * args.group_size} in "
+        f"training, {2 * n_prompts * 5} in the evaluation before and after")
     # The start, and the KL's reference.
     initial = copy.deepcopy(agent.policy).requires_grad_(False) if args.beta or splits else None
     reference = initial if args.beta else None
@@ -445,8 +449,8 @@ def main(argv=None):
             run.append("samples.jsonl", samples)
         run.save(step + 1, state)
     if args.steps and not prompts.varied:
-        error = UserError(f"{run.folder}: nothing was learnt: in no group did the answers differ in "
-                          "reward; the weights are those it started from")
+        error = UserError(f"{run.folder}: nothing was learnt: in no group did the answers differ "
+                          "in reward; the weights are those it started from")
         error.status = 3
         raise error
     if splits:
@@ -463,8 +467,8 @@ def main(argv=None):
             f"before: {before[0]['answers'][0]}", f"after: {after[0]['answers'][0]}",
             f"reference: {before[0]['reference']}", sep="\n  ")
         if rank() == 0:
-            write_page(run.folder / "report.html", task, run.folder.name, {"reward": gains}, answers,
-                       run.folder / "log.jsonl")
+            write_page(run.folder / "report.html", task, run.folder.name, {"reward": gains},
+                       answers, run.folder / "log.jsonl")
     run.finish(**modules)
     say(f"next: python eval.py {run.folder} --chat, or with other runs and --report page.html to "
         "compare them")

@@ -200,9 +200,10 @@ def load_task(args) -> Task:
         task = file_task(args.task, args.image_root)
     if args.judge_url or args.judge_model:
         task.judge, task.bounds = endpoint_judge(args, task.dimensions), BOUNDS
-    elif task.judge is judge_by_overlap:
-        say(f"judge of {task.name}: word overlap with the reference (no --judge-url)")
-        task.dimensions, task.bounds = ("Reference Overlap",), (0.0, 1.0)
+    elif args.task != "mini":
+        task.judge, task.dimensions = JUDGES.get(task.name, OVERLAP)
+        task.bounds = (0.0, 1.0)
+        say(f"judge of {task.name}: {task.judge.__name__} (no --judge-url)")
     times = Counter()
     for rows in task.splits.values():
         for row in rows:
@@ -676,6 +677,11 @@ def judge_by_overlap(rows: list[dict], answers: list[str]) -> list[str]:
         f1 = 2 * common_length(words, right) / max(1, len(words) + len(right))
         replies.append(f"Reference Overlap: words in order. [Scores]: ({10 * f1:.4f}, 10)")
     return replies
+
+
+OVERLAP = judge_by_overlap, ("Reference Overlap",)
+# Rewards of your own: the name of a task's file without its ending -> judge, dimensions.
+JUDGES = {}
 
 
 def common_length(a, b) -> int:

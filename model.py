@@ -409,6 +409,7 @@ class Agent(nn.Module):
                             "run folder, or redo it with --fresh")
         # The base of `tiny` stands beside the run, wherever runs/ was moved to.
         args.run_root = Path(folder).resolve().parent.parent
+        set_threads(args.model)
         agent = cls.from_base(args).load_run(folder, skip=("idm",)).eval()
         agent.train_only()
         return agent
@@ -544,12 +545,8 @@ class Agent(nn.Module):
         dtype, which `train_only` has given the others."""
         if self.policy.head.weight.dtype == self.dtype:
             return self
-        return self.with_policy(cast(copy.deepcopy(self.policy), self.dtype))
-
-    def with_policy(self, policy: CausalStack | None) -> Agent:
-        """This agent with another policy; it shares all else."""
-        agent = copy.copy(self)
-        agent._modules = {**self._modules, "policy": policy}
+        agent = copy.copy(self)                     # it shares all else
+        agent._modules = {**self._modules, "policy": cast(copy.deepcopy(self.policy), self.dtype)}
         return agent
 
     def chat(self, message: str, image=None, system: str = "", history: list | None = None,

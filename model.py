@@ -267,6 +267,8 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
         if loaded["missing_keys"]:
             raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[0]} and others")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if not tokenizer.encode("Hello", add_special_tokens=False):     # made without its files
+            raise ValueError("its tokenizer reads nothing; are all tokenizer files there?")
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if tokenizer.chat_template is None:     # older snapshots keep it beside the processor
             file = Path(transformers.utils.cached_file(path, "chat_template.json"))
@@ -387,16 +389,17 @@ class Agent(nn.Module):
             self.make_token_policy()
         for name in sorted({key.split(".")[0] for key in tensors} - set(skip)):
             part = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
-            if getattr(self, name) is None:
-                self.make(name)
-            module = getattr(self, name).requires_grad_(False)
-            try:        # of a backbone that the release's SFT trained, the file holds a part
-                if name == "backbone":
+            try:
+                if getattr(self, name, None) is None:
+                    self.make(name)
+                module = getattr(self, name).requires_grad_(False)
+                if name == "backbone":      # the release's SFT trains and keeps a part of it
                     part = {**module.state_dict(), **part}
                 module.load_state_dict(part)
-            except RuntimeError as error:
-                raise UserError(f"{path}: {name} does not fit this run's structure "
-                                f"({error!s:.80}); redo the run with --fresh") from None
+            except (KeyError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise UserError(f"{path}: {name} does not fit this run's structure ({reason}); redo "
+                                "the run with --fresh") from None
         return self
 
     @classmethod
@@ -489,7 +492,8 @@ class Agent(nn.Module):
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
 
         e (B, M, d), has_image (B,) -> same shape and dtype."""
-        if self.projector is None or "projector" in self.structure["without"]:
+        if "projector" in self.structure["without"] or self.projector is None \
+                or self.space == "token":
             return e
         with self.autocast():
             return torch.where(has_image[:, None, None], e, self.projector.P.mu(e).to(e.dtype))

@@ -187,7 +187,8 @@ def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tenso
     def piece(h, actions):
         logits = agent.action_logits(h, policy) / temperature               # (K, n)
         logps = F.log_softmax(logits, -1)
-        entropy = torch.special.entr(logps.exp()).sum(-1)
+        # Detached: at an action of probability 0 its gradient is 0 x inf.
+        entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return torch.stack([logps.gather(1, actions[:, None])[:, 0], entropy], -1)
     return in_chunks(piece, chunk // policy.head.out_features, h, actions).unbind(-1)
 

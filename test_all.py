@@ -10,6 +10,9 @@ KIT_MODEL=FOLDER_OR_ID also holds rollouts and replays of that checkpoint agains
 
 import contextlib
 import hashlib
+import resource
+import shlex
+import signal
 import copy
 import functools
 import json
@@ -18,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -344,7 +348,7 @@ DEEPER = tiny_agent().text_config.to_dict() | {"num_hidden_layers": 3, "layer_ty
 
 @pytest.mark.parametrize("files,changes,message", [
     ("config.json", {"model_type": "llama"}, "llama"),
-    ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quanti"),
+    ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantised.*plain"),
     ("config.json", {"text_config": DEEPER}, "weights are missing.*layers.2"),
     ("model*", None, "cannot be loaded"),
     ("tokenizer.json", None, "cannot be loaded"),
@@ -375,10 +379,9 @@ def finished_runs(tmp_path_factory):
     root, agent, parent = tmp_path_factory.mktemp("runs"), copy.deepcopy(tiny_agent()), None
     token = with_modules(tiny_agent("token"), projector=None, idm=None, codebook=None, world=None)
     qwen_folder(root / "tiny/base", shard="9GB")
-    for name, *trains in (("idm", "projector", "idm", "codebook", "world"), ("bc", "policy"),
-                          ("sft", "policy")):
-        shake(agent.policy, 0.1)                    # the nearest run's policy is the last
-        parent = finish_run(root, name, agent, *trains, parent=parent)
+    for name, trains in (("idm", "projector idm codebook world policy"), ("sft", "policy")):
+        shake(agent.policy, 0.1)                    # the nearest run's is the agent's
+        parent = finish_run(root, name, agent, *trains.split(), parent=parent)
     finish_run(root, "token", copy.deepcopy(token), "policy")
     return root, {"sft": with_modules(agent, idm=None), "token": token}
 
@@ -435,8 +438,6 @@ def rolled(request):
     agent = with_modules(tiny_agent(space))
     agent.encoder = copy.copy(agent.encoder)
     agent.encoder.stop_ids = torch.arange(10, len(agent.encoder.tokenizer), 16)
-    if space == "token":                            # as from its run
-        agent.projector = None
     return agent, temperature, rollout(agent, examples(prompt=True), 3, 10, temperature, [5, 6, 7])
 
 
@@ -511,6 +512,7 @@ def whole_rows(policy, group):
 def test_replays_gradient_is_that_of_whole_rows_and_of_recomputed_layers(rolled):
     agent, group, kept, gradients = copy.deepcopy(rolled[0]), rolled[2][0], [], []
     weights = torch.linspace(-1, 1, group.inputs.numel()).view_as(group.inputs)
+    agent.policy.layers.extend(copy.deepcopy(agent.policy.layers))      # two: one reads the other
 
     def keep(tensor):
         kept[-1] += tensor.nbytes * (not isinstance(tensor, nn.Parameter))
@@ -730,20 +732,21 @@ def test_every_form_of_a_row_gives_the_same_row(raw, source):
 @pytest.mark.parametrize("raw, messages", [
     ({"text": "a <image> tag"}, [{"role": "assistant", "content": "a <img> tag"}]),
     ({"conversations": SHARE_GPT, "system": "S", "image": "a"}, [SYSTEM, user(HI), YO]),
+    (asks(block()[::-1], "Yo", image="a"), [user("\nHi<image>"), YO]),
     ({"messages": [SYSTEM, user("x"), YO, user("y")], "images": ["a", "b"]},
      [SYSTEM, user("<image><image>\nx"), YO, user("y")]),
     *[(asks("Hi", "Yo", images=images), [user("Hi"), YO]) for images in ([], None, ["None"])],
-    (asks("Hi", "Yo", image=None), [user("Hi"), YO])], ids=range(7))
+    (asks("Hi", "Yo", image=None), [user("Hi"), YO])], ids=range(8))
 def test_messages_worked_by_hand(raw, messages):
     assert normal(raw)["messages"] == messages
 
 
 NO_ROWS = [[], 3, None, "messages", {}, {LONG: 1}, {"text": 4}, {"messages": "x"},
-           {"messages": ["x"]}, {"messages": [{"role": "user"}]}, {"messages": [{LONG: 1}]},
-           {"messages": [{"role": ["user"], "content": "x"}]}, asks(5), asks(None), asks(["x"]),
+           {"messages": ["x"]}, {"messages": [{"role": "user"}]}, asks(5), asks(None), asks(["x"]),
+           {"messages": [{"role": ["user"], "content": "x"}]}, asks(block(LONG)), asks(images=5),
            asks([{"type": "text", "text": None}]), asks([{"text": "x"}]), asks(images=[["a"]]),
-           asks(images=5), asks(images=[None]), asks(images=[{LONG: "a"}]), {"conversations": "x"},
-           {"messages": [YO], "images": ["a"]}, {"conversations": [{"from": "gpt", "value": 3}]}]
+           asks(images=[None]), asks(images=[{LONG: "a"}]), {"messages": [YO], "images": ["a"]},
+           {"conversations": "x"}, {"conversations": [{"from": "gpt", "value": 3}]}]
 
 
 @pytest.mark.parametrize("raw, remedy", [
@@ -794,9 +797,8 @@ def test_pictures_lie_beside_their_file_or_under_image_root(tmp_path, root):
 
 @pytest.mark.parametrize("data, place", [
     (A + b'\n\n{"text": \n', "f.jsonl:3: .* JSON"), (A + b'\n{"txt": 1}', "f.jsonl:2: no `mess"),
-    (b'{"text": "\xff"}\n', "f.jsonl:1: .* UTF-8"), (b"{" + b"[" * 200_000, "f.jsonl:1: .* JSON"),
-    (b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n", "f.jsonl:1: .* JSON"),
-    (b'{"text": ' + b"[" * 200_000, "f.jsonl:1: .* JSON"), (b"[" + A, "f.json: .* JSON"),
+    (b'{"text": "\xff"}\n', "f.jsonl:1: .* UTF-8"), (b"[" + A, "f.json: .* JSON"),
+    (b"9" * 5000, "f.jsonl:1: .* JSON"), (b'{"text": ' + b"[" * 200_000, "f.jsonl:1: .* JSON"),
     (b"[" + A + b', {"no": 1}]', "f.json:2: no `mess"), (None, "none.json: .* check the path")])
 def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, data, place):
     file = tmp_path / place.partition(":")[0]
@@ -867,14 +869,14 @@ def test_a_huge_jpeg_is_decoded_no_larger_than_it_must(tmp_path, monkeypatch, si
     assert kit.open_image(str(tmp_path / "x.jpg"), "w", (size, size)).size == (decoded, decoded)
 
 
-@pytest.mark.parametrize("name, size, kept", [
-    ("text", (9, 9), 0), ("cut", (900, 900), 60), ("thin", (2000, 2), 60),
-    ("bomb", (12_000, 12_000), 60)])
-def test_a_picture_that_cannot_be_used_is_named_with_its_row(tmp_path, name, size, kept):
+@pytest.mark.parametrize("cause, size, kept", [
+    ("picture' cannot", (9, 9), 0), ("picture' cannot", (900, 900), 60), ("resized", (2000, 2), 60),
+    ("picture' cannot .*limit", (12_000, 12_000), 60)], ids=["text", "cut", "thin", "bomb"])
+def test_a_picture_that_cannot_be_used_is_named_with_its_row(tmp_path, cause, size, kept):
     Image.new("1", size).save(tmp_path / "x.png")
-    (tmp_path / name).write_bytes((tmp_path / "x.png").read_bytes()[:kept] + b"hello")
-    with pytest.raises(kit.UnusableRow, match=f"row r7: .*({name}|resized).*replace it"):
-        collated([row("<image>?", None, [str(tmp_path / name)], "r7")])
+    (tmp_path / "picture").write_bytes((tmp_path / "x.png").read_bytes()[:kept] + b"hello")
+    with pytest.raises(kit.UnusableRow, match=f"row r7: .*{cause}.*replace it"):
+        collated([row("<image>?", None, [str(tmp_path / "picture")], "r7")])
 
 
 # Grids, pixels and positions.
@@ -960,8 +962,9 @@ def test_responses_that_begin_with_white_space_are_found(start):
 
 
 def test_collate_pads_every_mark_of_a_row_on_the_right():
-    batch, encoder = collated(), tiny_agent().encoder       # a picture, none, two
-    for b, e in enumerate(examples()):
+    rows, encoder = [*ROWS, row("Hi")], tiny_agent().encoder    # a picture, none, two, none
+    batch = collated(rows)
+    for b, e in enumerate(examples(rows)):
         n, m = len(e.ids), len(e.tokens)
         assert (batch.row_ids[b], batch.lengths[b], batch.text_lengths[b]) == (e.id, n, m)
         assert torch.equal(batch.ids[b, :n], e.ids)
@@ -970,9 +973,10 @@ def test_collate_pads_every_mark_of_a_row_on_the_right():
             assert torch.equal(getattr(batch, name)[b, :m], getattr(e, name))
         assert not batch.predicts[b, m:].any() and not batch.seen_image[b, m:].any()
         assert torch.equal(batch.real[b], torch.arange(batch.tokens.shape[1]) < m)
-    assert not batch.real.all() and batch.has_image.tolist() == [True, False, True]
-    assert torch.equal(batch.text_only, batch.real & torch.tensor([[False], [True], [False]]))
-    assert torch.equal(batch.pixels, torch.cat([encoder.pixels(examples()[b]) for b in (0, 2)]))
+    assert not batch.real[3].all() and batch.has_image.tolist() == [True, False, True, False]
+    assert torch.equal(batch.text_only, batch.real & ~batch.has_image[:, None])
+    alone = examples([row("<image>", None, [image]) for r in rows for image in r["images"]])
+    assert torch.equal(batch.pixels, torch.cat([encoder.pixels(e) for e in alone]))
 
 
 def test_a_prompt_is_its_row_up_to_the_last_answer_and_an_over_long_one_is_never_cut():
@@ -1029,7 +1033,9 @@ def take_rows(s: Stream, n: int) -> list[str]:
 @pytest.mark.parametrize("block", [1, 8, 21, 99])
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(block):
     s, every = stream(told(21), block=block), {r["id"] for r in told(21)}
-    first, second = take_rows(s, 21), take_rows(s, 21)      # fails if a block crosses an epoch
+    first = take_rows(s, 21)                        # fails if a block crosses an epoch
+    assert s.state_dict()["block"] == math.ceil(21 / block) - 1
+    second = take_rows(s, 21)
     assert set(first) == set(second) == every and first != second
 
 
@@ -1037,10 +1043,10 @@ def test_the_cursor_is_plain_and_resumes_at_the_exact_batch_from_any_point():
     whole, s = take(stream(told(21)), 14), stream(told(21))
     for k in range(14):                             # over an epoch's end
         cursor, again = s.state_dict(), stream(told(21))
-        take(again, 2)                              # fails if what it holds ready is kept
+        s.next()                                    # the cursor stays where it was taken
+        take(again, 2)                              # what it holds ready is dropped
         again.load_state_dict(json.loads(json.dumps(cursor)))
         assert take(again, 14 - k) == whole[k:]
-        s.next()
 
 
 def test_the_order_depends_on_the_seed_alone(tmp_path):
@@ -1048,15 +1054,14 @@ def test_the_order_depends_on_the_seed_alone(tmp_path):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7)
     assert take_rows(stream(write(tmp_path / "f.jsonl", told(21))), 21) == first
-    assert take_rows(stream(told(21), seed=2), 21) != first
+    assert set(take_rows(stream(told(21), seed=2), 7)) != set(first[:7])        # the first block
 
 
-@pytest.mark.parametrize("thirds, room, rows", [(3, 0, 3), (3, -1, 2), (0, 1, 1)])
-def test_a_batch_holds_batch_tokens_or_one_row(thirds, room, rows):
+@pytest.mark.parametrize("most, room, rows", [(3, 0, 3), (3, -1, 2), (0, 1, 1)])
+def test_a_batch_holds_batch_tokens_or_one_row(most, room, rows):
     alike = told(12, most=1)
-    tokens = thirds * len(examples(alike)[0]) + room
-    batches = take(stream(alike, block=12, batch_tokens=tokens), 12 // rows)
-    assert [len(batch) for batch in batches] == [rows] * (12 // rows)
+    s = stream(alike, block=12, batch_tokens=most * len(examples(alike)[0]) + room)
+    assert [len(batch) for batch in take(s, 12 // rows)] == [rows] * (12 // rows)
 
 
 def test_similar_lengths_stand_together_and_the_batches_are_shuffled():
@@ -1064,8 +1069,7 @@ def test_similar_lengths_stand_together_and_the_batches_are_shuffled():
     s, kinds = stream(told(20, "s", 1) + long, block=40, batch_tokens=300, max_tokens=300), []
     for batch in take(s, len(s.batches)):
         kinds.append("".join(sorted({row_id[0] for row_id in batch})))
-    assert kinds.count("ls") <= 1
-    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
+    assert kinds.count("ls") <= 1 and kinds not in (sorted(kinds), sorted(kinds)[::-1])
 
 
 def test_several_files_are_mixed():
@@ -1082,7 +1086,7 @@ def test_of_every_file_at_most_a_tenth_is_held_out_and_never_trained_on():
 
 def three_exchanges(place: int) -> dict:
     """Of which two fit, with a picture in one of them."""
-    turns = [user("a"), YO, user("b"), YO, user("c"), {"role": "assistant", "content": "no " * 99}]
+    turns = [user("a"), YO, user("b"), YO, user("c"), {"role": "assistant", "content": "no " * 30}]
     turns[2 * place] = user("<image>d")
     return {"id": "r", "images": ["p0.png"], "messages": turns}
 
@@ -1090,8 +1094,8 @@ def three_exchanges(place: int) -> dict:
 @pytest.mark.parametrize("place, images", [(1, [picture()]), (2, [])])
 def test_a_row_over_max_tokens_is_cut_at_a_message_boundary(place, images):
     whole = three_exchanges(place) | {"images": [picture()]}
-    (got,) = stream([whole]).next()
     (want,) = examples([whole | {"messages": whole["messages"][:4], "images": images}])
+    (got,) = stream([whole], max_tokens=len(want)).next()
     assert torch.equal(got.ids, want.ids) and got.images == images
 
 
@@ -1143,16 +1147,17 @@ def test_an_empty_corpus_and_a_broken_row_are_errors(tmp_path, rows, error):
 
 
 def test_pictures_are_decoded_once_and_by_the_pool_ahead_of_their_step(tmp_path):
-    encoder, decoded, plain = copy.copy(tiny_agent().encoder), [], tiny_agent().encoder.pixels
-    encoder.pixels = lambda e: decoded.append((e.id, threading.current_thread())) or plain(e)
+    encoder, plain = copy.copy(tiny_agent().encoder), tiny_agent().encoder.pixels
+    decoded, free = [], threading.Event()
+    encoder.pixels = lambda e: free.wait(20) and decoded.append(e.id) or plain(e)
     s = stream(shown(8, tmp_path), encoder=encoder, batch_tokens=100)
     first = s.next()
-    for e in s.ahead:                               # nobody has asked for the second batch
+    assert not decoded                              # fails if a step waits for the next one's
+    free.set()
+    for e in s.ahead:                               # nobody has asked for them yet
         e.pixels.result(timeout=20)
-    want = torch.cat([plain(e) for e in first])
-    assert torch.equal(encoder.collate(first).pixels, want)
-    assert sorted(row_id for row_id, _ in decoded) == sorted(e.id for e in first + s.ahead)
-    assert threading.main_thread() not in dict(decoded).values()
+    assert torch.equal(encoder.collate(first).pixels, torch.cat([plain(e) for e in first]))
+    assert sorted(decoded) == sorted(e.id for e in first + s.batches[1])
 
 
 def test_a_picture_that_breaks_is_told_at_its_own_step(tmp_path):
@@ -1227,7 +1232,7 @@ def test_rows_and_pictures_of_the_toy_world_are_those_of_its_version(world):
         for r in rows:
             digest.update(json.dumps([r["id"], r["messages"], r.get("reference")]).encode())
             digest.update(b"".join(image.tobytes() for image in r["images"]))
-        found[part] = digest.hexdigest()[:12]
+        found[part] = digest.hexdigest()[:7]
     assert found == GOLDEN_WORLD, f"bump MINI_VERSION, then set GOLDEN_WORLD = {found}"
 
 
@@ -1239,9 +1244,7 @@ def test_another_world_is_another_cast_whose_parts_share_nobody(monkeypatch):
 
 
 def test_tests_and_validation_share_no_scene_with_each_other_or_with_training(world):
-    scenes = {}
-    for part, rows in world.items():
-        scenes[part] = {str(r["scene"]) for r in rows if "scene" in r}
+    scenes = {part: {str(r.get("scene")) for r in rows} for part, rows in world.items()}
     for part in ("valid", "id", "ood"):
         assert not any(scenes[part] & scenes[other] for other in scenes.keys() - {part})
 
@@ -1282,9 +1285,8 @@ def test_answers_are_right_about_the_scene_whatever_their_words(world, part):
 
 
 GOLDEN_WORLD = {
-    "version": 4, "sft": "1f03d8494e5f", "valid": "1d875380ee10", "rl": "ce6a734cb17d",
-    "id": "8d6e1bd215e8", "ood": "f4e052229ca9", "caption": "f3c39888f7f8",
-    "base": "ed753958f91b", "paired": "2aadac974052", "text": "f0c7507e87cd"}
+    "version": 4, "sft": "1f03d84", "valid": "1d87538", "rl": "ce6a734", "id": "8d6e1bd",
+    "ood": "f4e0522", "caption": "f3c3988", "base": "ed75395", "paired": "2aadac9", "text": "f0c7507"}
 
 
 # ---- eval.py: judge replies and the reward ---------------------------------------------------
@@ -1334,9 +1336,8 @@ REFUSED = [
     "| Wit | 8 | 9 |\n| Tone | 7.5 | 10 |", '{"Wit": [8, 9], "Tone": [7.5, 10]}',
     f"<think>{GOOD}", f"{GOOD}\n<think>Hm.", f"{WIT}\n<think>{TONE}</think>"]
 REFUSED += [GOOD.replace("(8, 9)", numbers) for numbers in (
-    "(8)", "8", "(8, 9, 7)", "(8; 9)", "(8 9)", "(7,5)", "(7,5, 9)", "8/10", "(8/10, 9/10)", "",
-    "(7-8, 9)", "7 to 8, 9", "(10.01, 9)", "(8, 10.01)", "(8, 0)", "(-8, 9)", "(8, -9)", "(ten, 9)",
-    "(8, nan)", "(8, 9) or (9, 9)", "(8, 9) for the first")]
+    "(8)", "", "(8, 9, 7)", "(8; 9)", "(8 9)", "(7,5)", "(7,5, 9)", "8/10", "(8/10, 9/10)",
+    "(7-8, 9)", "(10.01, 9)", "(8, 10.01)", "(8, 0)", "(-8, 9)", "(ten, 9)", "(8, 9) or (9, 9)")]
 
 
 @pytest.mark.parametrize("reply", REFUSED, ids=range(len(REFUSED)))
@@ -1365,17 +1366,11 @@ def test_reward_is_a_ratio_of_sums_and_overall_a_mean_of_ratios():
     assert task_of().overall(GOOD) == pytest.approx((8 / 9 + 7.5 / 10) / 2)
 
 
-def test_cut_by_hand():
-    parts = evaluation.cut(list(range(11)), a=45, b=50, c=70)
-    assert parts == {"a": [0, 1, 2, 3], "b": [4], "c": [5, 6]}
-
-
 # ---- eval.py: tasks --------------------------------------------------------------------------
 
 
-def load(task, *flags) -> evaluation.Task:
-    return evaluation.load_task(evaluation.arguments().parse_args(
-        ["--task", str(task), *map(str, flags)]))
+def load(*flags) -> evaluation.Task:
+    return evaluation.load_task(evaluation.arguments().parse_args(["--task", *map(str, flags)]))
 
 
 def load_rows(folder, rows, *flags) -> evaluation.Task:
@@ -1400,16 +1395,14 @@ def test_a_task_that_is_no_file_is_refused(capsys):
     assert "nothing.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["mmrole", "pcogalign"])
-@pytest.mark.parametrize("flags", [[], ["--task-root", "/nowhere"]], ids=["none", "wrong"])
-def test_a_published_task_needs_its_folder(task, flags):
-    with refused(f"{task}.*--task-root"):
-        load(task, *flags)
+@pytest.mark.parametrize("flags", [["mmrole"], ["mmrole", "--task-root", "/no"], ["pcogalign"]])
+def test_a_published_task_needs_its_folder(flags):
+    with refused(f"{flags[0]}.*--task-root"):
+        load(*flags)
 
 
 def test_rows_of_one_id_are_told_apart_drawn_apart_and_counted(tmp_path):
-    splits = ("id", "id", "ood", "rl")
-    task = load_rows(tmp_path, [asks(id="same", split=split) for split in splits])
+    task = load_rows(tmp_path, [asks(id="same", split=s) for s in ("id", "id", "ood", "rl")])
     assert len(set().union(*ids_of(task).values())) == 4
     _, found = evaluation.evaluate(tiny_agent(), task, {"id": task.splits["id"]}, 0, 2 ** 14,
                                    {"sampled": (1.0, 2)})
@@ -1427,12 +1420,10 @@ def test_every_picture_of_a_task_is_looked_at_first(tmp_path, split):
 USER, ANSWER = asks()["messages"]
 BAD_TASK_ROWS = [
     (asks(split="test"), "split .*test"), (asks(split=["rl"]), "split"), (asks(split=""), "split"),
-    (asks(judge_notes=5), "judge_notes"), ({"messages": []}, "empty"),
-    ({"messages": [USER]}, "last message"), ({"messages": [USER, ANSWER, USER]}, "last message"),
-    ({"messages": [ANSWER]}, "after a user"), ({"messages": [USER, {**ANSWER, "content": 5}]}, "text"),
-    (asks(answer="Look: <image>", images=["a.png"]), "without an image")]
-BAD_TASK_ROWS += [(asks(dimensions=bad), "dimensions") for bad in (
-    5, [], "Wit", [["Wit"]], ["Rhyme"], ["Wit", "wit"], [" "], ["a\nb"])]
+    (asks(judge_notes=5), "judge_notes"), (asks(dimensions=["Rhyme"]), "dimensions"),
+    ({"messages": []}, "empty"), ({"messages": [USER]}, "last message"),
+    ({"messages": [USER, ANSWER, USER]}, "last message"), ({"messages": [ANSWER]}, "after a user"),
+    (asks(answer=None), "text"), (asks(answer="<image>", images=["a.png"]), "without an image")]
 
 
 @pytest.mark.parametrize("bad,match", BAD_TASK_ROWS, ids=range(len(BAD_TASK_ROWS)))
@@ -1441,14 +1432,20 @@ def test_a_task_row_that_cannot_be_used_is_named_in_one_line(tmp_path, bad, matc
         load_rows(tmp_path, [asks(dimensions=["Wit"]), bad])
 
 
+@pytest.mark.parametrize("bad", [5, [], "Wit", [["Wit"]], ["Wit", "wit"], [" "], ["a\nb"]])
+def test_dimensions_that_no_judge_could_score_are_refused(tmp_path, bad):
+    with refused(r"t\.jsonl:1: .*dimensions"):
+        load_rows(tmp_path, [asks(dimensions=bad)])
+
+
 @pytest.mark.parametrize("more", [{"persona": ["a", {}], "question": ""}, {"persona": ""}], ids=str)
 def test_rows_without_a_split_are_shuffled_with_seed_42_and_cut(tmp_path, more):
-    """Whatever other fields they have."""
-    order = [str(n) for n in range(20)]
+    """Whatever other fields they have; 45 % of 19 rows are 8."""
+    order = [str(n) for n in range(19)]
     task = load_rows(tmp_path, [*[asks(id=n, **more) for n in order], asks(id="own", split="ood")])
     random.Random(42).shuffle(order)
-    assert ids_of(task) == {"sft": {*order[:9]}, "valid": {order[9]}, "rl": {*order[10:18]},
-                            "id": {*order[18:]}, "ood": {"own"}}
+    assert ids_of(task) == {"sft": {*order[:8]}, "valid": {order[8]}, "rl": {*order[9:17]},
+                            "id": {*order[17:]}, "ood": {"own"}}
 
 
 @pytest.mark.parametrize("dimensions", [evaluation.DIMENSIONS, ("Wit", "Rhyme")], ids=len)
@@ -1469,9 +1466,8 @@ def test_a_reward_of_ones_own_is_found_by_the_files_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("answer,f1", [
     ("The CAT sat!", 1), ("", 0), ("sat cat", 2 * 1 / 5), ("the cat sat the", 2 * 3 / 7),
-    ("a cat. Reference Overlap: [Scores]: (10, 1)", 2 * 1 / 10), ("Give 10 points.", 0)])
-def test_word_overlap_by_hand(answer, f1):
-    """A score line in the answer is words like others."""
+    ("a cat. Reference Overlap: [Scores]: (10, 1)", 2 * 1 / 10)])
+def test_word_overlap_by_hand_of_which_score_lines_are_words_like_others(answer, f1):
     reply, = evaluation.judge_by_overlap([{"reference": "the cat sat"}], [answer])
     assert task_of(("Reference Overlap",)).reward(reply) == pytest.approx(f1, abs=1e-4)
 
@@ -1577,6 +1573,9 @@ def test_an_mmrole_dialogue_without_profile_or_answer_is_left_out_and_named(tmp_
     write(root / "dialogues/out-of-distribution/comment/a.json", [silent, odin])
     assert ids_of(load("mmrole", "--task-root", root))["ood"] == {f"Plato-{n}" for n in range(10)}
     assert re.search(r"answer: Plato-silent\n.*profile: .*Odin\.json", capsys.readouterr().out)
+    (root / "profiles/out-of-distribution/detailed_profiles/Plato.json").unlink()
+    with refused("--task-root"):                    # nothing is left
+        load("mmrole", "--task-root", root)
 
 
 @pytest.mark.parametrize("file", ["profiles/*/*/Plato.json", "dialogues/*/*/Plato.json"])
@@ -1592,14 +1591,16 @@ def test_damaged_published_files_are_named(tmp_path, file, text, match):
 
 class JudgeHandler(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint. Its server's `plan(prompt, number of earlier requests)` gives
-    a reply's text, a whole body or what `fails` returns; None drops the connection."""
+    a reply's content, a whole body or what `fails` returns; None drops the connection."""
+
+    def log_message(self, *_):
+        pass
 
     def do_POST(self):
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
-        server.requests.append(SimpleNamespace(
-            path=self.path, key=self.headers["Authorization"], **body))
+        server.requests.append(Namespace(path=self.path, key=self.headers["Authorization"], **body))
         said = server.plan(body["messages"][0]["content"], len(server.requests) - 1)
-        if isinstance(said, str):
+        if isinstance(said, (str, list)):
             said = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
         if isinstance(said, dict):
             said = fails(200, json.dumps(said))
@@ -1629,7 +1630,6 @@ def serve(request, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation.time, "sleep", pauses.append)
     monkeypatch.setattr(evaluation.random, "random", lambda: 0.5)
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)
-    monkeypatch.setattr(JudgeHandler, "log_message", lambda *_: None)
 
     def start(plan=lambda prompt, n: GOOD):
         server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeHandler)
@@ -1665,8 +1665,7 @@ def test_a_bad_address_or_key_is_refused_unseen(tmp_path, monkeypatch, url, key,
         judge_at(url, tmp_path)
 
 
-@pytest.mark.parametrize("given,base", [("", ""), ("/v1", "/v1"), ("/v1/", "/v1"),
-                                        ("/v1/chat/completions", "/v1")])
+@pytest.mark.parametrize("given,base", [("", ""), ("/v1/", "/v1"), ("/v1/chat/completions", "/v1")])
 def test_the_address_is_used_as_given(serve, tmp_path, given, base):
     server, _ = serve()
     judge_at(server.url.removesuffix("/v1") + given, tmp_path)([ASKED], ["x"])
@@ -1679,8 +1678,9 @@ def test_one_server_is_asked_nothing_twice(serve, tmp_path, monkeypatch, change)
     judge([ASKED] * 3, ["one", "two", "one"])
     if change == "request":
         monkeypatch.setitem(evaluation.JUDGE_REQUEST, "seed", 1)
-    again = judge_at(second.url if change == "server" else first.url,
-                     tmp_path / (change == "root" and change or ""), change if change == "model" else "m")
+    url = second.url if change == "server" else first.url
+    root = tmp_path / "other" if change == "root" else tmp_path
+    again = judge_at(url, root, "other" if change == "model" else "m")
     assert again([ASKED] * 2, ["two", "two"]) == again([ASKED] * 2, ["two", "two"]) == [GOOD] * 2
     assert len(first.requests) + len(second.requests) == 2 + (change != "nothing")
 
@@ -1695,8 +1695,7 @@ def test_a_torn_line_costs_the_cache_one_reply(serve, tmp_path):
         assert len(server.requests) == calls
 
 
-@pytest.mark.parametrize("fault", [fails(429), fails(500), fails(408), None,
-                                   fails(200, '{"choices": [')], ids=str)
+@pytest.mark.parametrize("fault", [fails(429), fails(500), None, fails(200, "{")], ids=str)
 def test_what_may_pass_is_tried_again_with_growing_pauses(serve, fault):
     server, judge = serve(lambda prompt, n: GOOD if n == 3 else fault)
     assert judge([ASKED], ["x"]) == [GOOD] and len(server.requests) == 4
@@ -1728,16 +1727,12 @@ def test_a_reply_cut_by_length_is_of_no_use_and_not_cached(serve):
 
 def test_parts_of_content_are_put_together(serve):
     parts = [{"type": "text", "text": WIT}, {"type": "x"}, {"type": "text", "text": f"\n{TONE}"}]
-    _, judge = serve(lambda prompt, n: {"choices": [{"message": {"content": parts}}]})
-    assert judge([ASKED], ["x"]) == [GOOD]
-
-
-ERROR = {"error": {"message": "model `m` does\nnot exist", "code": 7}}
+    assert serve(lambda prompt, n: parts)[1]([ASKED], ["x"]) == [GOOD]
 
 
 @pytest.mark.parametrize("said,match,calls", [
-    (fails(400, json.dumps(ERROR)), "400: model `m` does not exist", 1),
-    (fails(401, "bad key"), "401: bad key", 1), (ERROR, "does.*not exist", evaluation.ATTEMPTS),
+    (fails(400, '{"error": {"message": "no\\nsuch model"}}'), "400: no such model", 1),
+    (fails(401, "bad key"), "401: bad key", 1), ({"error": "quota"}, "quota", evaluation.ATTEMPTS),
     (fails(404), r"http://127\.0\.0\.1:\d+/v1/chat/completions: .*404", 1),
     (None, "see that the server runs", evaluation.ATTEMPTS)], ids=range(5))
 def test_the_first_call_decides_and_the_servers_words_stand_in_the_line(serve, said, match, calls):
@@ -1748,13 +1743,9 @@ def test_the_first_call_decides_and_the_servers_words_stand_in_the_line(serve, s
 
 
 def test_single_failures_are_masked_and_as_many_in_a_row_as_threads_stop(serve, monkeypatch):
-    def plan(prompt, n):
-        good = re.search(r"good \d", prompt)
-        return GOOD.replace("fine", good[0]) if good else fails(400, "no")
     monkeypatch.setattr(evaluation, "THREADS", 2)
-    server, judge = serve(plan)
-    replies = judge([ASKED] * 5, ["good 5", "bad 1", "good 3", "bad 2", "good 4"])
-    assert replies == [plan(f"good {n}", 0) if n else None for n in (5, None, 3, None, 4)]
+    server, judge = serve(lambda prompt, n: fails(400, "no") if "bad" in prompt else GOOD)
+    assert judge([ASKED] * 5, ["1", "bad 1", "2", "3", "bad 2"]) == [GOOD, None, GOOD, GOOD, None]
     with refused("2 calls.*400"):
         judge([ASKED] * 200, [f"bad {n}" for n in range(200)])
     assert len(server.requests) < 100
@@ -1805,14 +1796,13 @@ def test_references_are_made_shuffled_and_cut(serve, unanswered):
 
 
 def test_references_that_fail_are_counted_and_the_same_command_goes_on(serve, unanswered):
-    server, _ = serve(lambda prompt, n: fails(400) if re.search("HCMAS-test [37] ", prompt)
-                      else answered(prompt, n))
-    with refused("2 of 20 .*same command"):
+    server, _ = serve(lambda prompt, n: fails(400) if "test 3" in prompt else answered(prompt, n))
+    with refused("1 of 20 .*same command"):
         make_references(unanswered, server)
     server.plan, server.requests = answered, []
     make_references(unanswered, server)
     asked = " ".join(r.messages[0]["content"] for r in server.requests)
-    assert asked.count("HCMAS-test") == 2 and asked.count("HCSHR-test") == 10
+    assert asked.count("HCMAS-test") == 1 and asked.count("HCSHR-test") == 10
 
 
 # ---- eval.py: metrics ------------------------------------------------------------------------
@@ -1830,13 +1820,8 @@ def test_diversity_by_hand():
     close(evaluation.diversity(e), 3 / (2 * math.sqrt(0.5)))
 
 
-def test_mean_states_know_no_padding():
-    texts = ["a red star", "a bus and a story about it", ""]
-    alone = torch.cat([evaluation.mean_states(tiny_agent(), [text]) for text in texts])
-    close(evaluation.mean_states(tiny_agent(), texts), alone)
-
-
 def test_summary_by_hand():
+    """The second answer to the first prompt could not be judged; that to the second had a 0."""
     def reply(a, b):
         return f"a: [Scores]: {a}\nb: [Scores]: {b}"
     parts = [{"answers": ["x", "x"], "diversity": 1.5, "replies": [reply((8, 10), (5, 5)), None]},
@@ -1847,15 +1832,6 @@ def test_summary_by_hand():
         "deviation": ((0.9 + 0.55) / 2 - 0.25) / math.sqrt(2),
         "best_of_2": (13 / 15 + 10 / 18) / 2, "duplicates": 0.25, "diversity": 2.0, "failed": 1,
         "a": (0.8 + 0.5 + 0) / 3, "b": (1 + 0.6 + 0.5) / 3})
-
-
-@pytest.mark.parametrize("scores,reward,best", [
-    ((None, 5), 0.5, 0.5), ((5, None), 0.5, 0.5), ((0, 5), 0.25, 0.5), ((0, 0), 0, 0),
-    ((None, None), math.nan, math.nan)])
-def test_a_zero_counts_and_a_failure_does_not(scores, reward, best):
-    figures = evaluation.summarise(task_of(("d",)), [prediction(*scores)])
-    got = [figures[name] for name in ("reward", "d", "best_of_2", "failed")]
-    assert got == pytest.approx([reward, reward, best, scores.count(None)], nan_ok=True)
 
 
 def test_gain_by_hand():
@@ -1875,12 +1851,10 @@ def config_folder(folder, **args) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("differences,mean,half", [
-    ([0.3, 0.1, 0.2], 0.2, 4.303 * 0.1 / math.sqrt(3)), ([-1.0, 0.0], -0.5, 12.706 * 0.5),
-    ([0.0, 0.2] * 5, 0.1, 2.262 * 0.10541 / math.sqrt(10))])
-def test_a_paired_difference_has_students_interval(differences, mean, half):
-    found = re.fullmatch(r"([+-][\d.]+) ± ([\d.]+)", evaluation.paired_difference(differences))
-    assert float(found[1]) == mean and float(found[2]) == pytest.approx(half, rel=2e-3, abs=6e-4)
+@pytest.mark.parametrize("n,t", [(2, 12.706), (3, 4.303), (10, 2.262)])
+def test_a_paired_difference_has_students_interval(n, t):
+    found = evaluation.paired_difference([0.0] * (n - 1) + [n])         # standard error 1
+    assert [float(x) for x in found.split(" ± ")] == pytest.approx([1, t], rel=2e-3)
 
 
 def test_a_comparison_groups_runs_over_seeds_and_pairs_them_by_root_and_seed(tmp_path):
@@ -1894,8 +1868,7 @@ def test_a_comparison_groups_runs_over_seeds_and_pairs_them_by_root_and_seed(tmp
             ("t/rl-s0-latent-s0-y", "a", 0, 0.3), ("u/sft-s0-latent", "a", 0, 0.25)):
         folder = config_folder(tmp_path / root / name, seed=seed)
         summaries[folder] = {"id greedy": {"reward": reward}, "id sampled": {"other": 1.0}}
-    groups = evaluation.by_seed(summaries)
-    assert groups[trained].keys() == {(tmp_path / "b", 0), (tmp_path / "a", 1), (tmp_path / "a", 0)}
+    assert [*evaluation.by_seed(summaries)[alone]] == [(tmp_path / "a", 0)]
     assert evaluation.comparison(summaries, "reward") == {
         start: {"runs": 4, "id greedy": "0.400 (0.258)"},
         trained: {"runs": 3, "id greedy": "0.500 (0.173)"}, f"{trained} - {start}": {   # .2 .1 .3
@@ -1904,10 +1877,9 @@ def test_a_comparison_groups_runs_over_seeds_and_pairs_them_by_root_and_seed(tmp
 
 
 def test_evaluated_prompts_are_spread_evenly_over_their_split():
-    task = task_of(splits={"id": list(range(10)), "ood": [], "valid": [7, 8]})
-    chosen = evaluation.choose_splits(task, ["ood", "valid", "id"], 4)
-    assert chosen == {"valid": [7, 8], "id": [0, 2, 5, 7]}
-    assert evaluation.choose_splits(task, ["id"], None) == {"id": list(range(10))}
+    task = task_of(splits={"id": [0, 1, 2, 3, 4, 5, 6], "ood": [], "valid": [7, 8]})
+    chosen = evaluation.choose_splits(task, ["ood", "valid", "id"], 3)
+    assert chosen == {"valid": [7, 8], "id": [0, 2, 4]}
 
 
 # ---- eval.py: the evaluation command ---------------------------------------------------------
@@ -1930,7 +1902,9 @@ def test_draws_are_keyed_by_seed_and_row_whatever_the_batches():
 def test_predictions_hold_each_answers_own_reply_and_the_firsts_codes():
     def judge(rows, answers):
         return [f"{r['id']}: {answer}" for r, answer in zip(rows, answers, strict=True)]
-    rows, agent = [{**r, "reference": "x"} for r in ROWS], tiny_agent()
+    rows, agent = [{**r, "reference": "x"} for r in ROWS], copy.copy(tiny_agent())
+    agent.encoder = copy.copy(agent.encoder)
+    agent.encoder.stop_ids = torch.arange(80)       # answers of different lengths
     _, found = evaluation.evaluate(agent, task_of(judge=judge, max_new_tokens=6), {"id": rows}, 0,
                                    2 ** 14, {"greedy": (0.0, 1), "sampled": (1.0, 2)})
     assert [p["mode"] for p in found] == ["greedy"] * 3 + ["sampled"] * 3
@@ -1940,6 +1914,8 @@ def test_predictions_hold_each_answers_own_reply_and_the_firsts_codes():
         assert p["replies"] == [f"{p['id']}: {answer}" for answer in p["answers"]]
         assert p["codes"] == groups[r].actions[0, groups[r].mask[0]].tolist()
         assert len(p["tokens"]) == len(p["codes"])
+        alone = torch.cat([evaluation.mean_states(agent, [text]) for text in p["answers"]])
+        close(p["diversity"], evaluation.diversity(alone), 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -1967,17 +1943,15 @@ def evaluated(folder, out, *flags) -> list[dict]:
     return [json.loads(line) for line in open(out / folder.name / "predictions.jsonl")]
 
 
-@pytest.mark.parametrize("flags,temperature,n,limit,seed", [
-    ("--samples 3 --seed 0", 0.6, 3, 5, 0),
-    ("--samples 2 --seed 7 --temperature 1.5 --max-new-tokens 9", 1.5, 2, 9, 7)])
-def test_a_run_is_evaluated_under_its_own_limits_or_given_ones(finished, tmp_path, flags,
-                                                               temperature, n, limit, seed):
+@pytest.mark.parametrize("flags,sampled", [
+    ("--samples 3 --seed 0", (0.6, 3, 5, 0)),
+    ("--samples 2 --seed 7 --temperature 1.5 --max-new-tokens 9", (1.5, 2, 9, 7))])
+def test_a_run_is_evaluated_under_its_own_limits_or_given_ones(finished, tmp_path, flags, sampled):
     found = evaluated(finished, tmp_path, *flags.split())
-    agent = Agent.from_run(finished, "cpu")
     rows = load(finished.parents[1] / "task.jsonl").splits["id"]
-    for mode, heat, number in (("greedy", 0.0, 1), ("sampled", temperature, n)):
+    for mode, how in (("greedy", (0.0, 1, *sampled[2:])), ("sampled", sampled)):
         answers = {p["id"]: p["answers"] for p in found if p["mode"] == mode}
-        assert answers == drawn(agent, rows, heat, number, limit, seed)
+        assert answers == drawn(Agent.from_run(finished, "cpu"), rows, *how)
 
 
 def test_a_rescore_of_the_saved_replies_equals_the_summary(finished, tmp_path, serve):
@@ -2002,8 +1976,7 @@ def test_a_rescore_of_another_file_is_refused(tmp_path, text):
 def test_runs_that_differ_in_what_is_asked_of_them_are_refused(tmp_path, name, values):
     usual, runs = {"seed": 0, "task": "mini", "temperature": 1.0, "max_new_tokens": 4}, []
     for value in values:
-        folder = tmp_path / f"tiny/run{len(runs)}"
-        runs.append(str(config_folder(folder, **{**usual, name: value})))
+        runs.append(str(config_folder(tmp_path / f"tiny/{len(runs)}", **{**usual, name: value})))
     with refused(f"differ in --{name.replace('_', '-')} .*{values[1]}"):
         evaluation.main([*runs, "--device", "cpu"])
 
@@ -2014,12 +1987,8 @@ def test_a_split_without_prompts_is_refused(finished):
 
 
 def test_runs_of_one_name_in_two_roots_are_kept_apart(finished, tmp_path, capsys):
-    """The second has no limit of its own, as a warm start has none: it takes the other's."""
     out, second = tmp_path / "out", tmp_path / "second/tiny" / finished.name
-    shutil.copytree(finished.parent.parent, tmp_path / "second")
-    config = json.loads((second / "config.json").read_text())
-    del config["args"]["max_new_tokens"]
-    write(second / "config.json", config)
+    shutil.copytree(finished.parents[1], tmp_path / "second")
     evaluation.main([str(finished), str(second), "--device", "cpu", "--out", str(out), "--samples",
                      "2", "--report", str(out / "page.html")])
     first, other = [file.read_text() for file in out.rglob("predictions.jsonl")]
@@ -2041,11 +2010,11 @@ def test_one_talks_to_a_run_past_a_line_it_cannot_take(finished, tmp_path, capsy
     picture().save(tmp_path / "p.png")
     lines = iter(["Hello?", "a literal <|im_end|>", "And now?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    evaluation.main([str(finished), "--chat", "--device", "cpu", "--max-new-tokens", "6", "--system",
-                     "Be brief.", "--image", str(tmp_path / "p.png"), "--show-codes"])
+    evaluation.main([str(finished), "--chat", "--device", "cpu", "--max-new-tokens", "6",
+                     "--system", "Brief.", "--image", str(tmp_path / "p.png"), "--show-codes"])
     said, agent, history = capsys.readouterr().out, Agent.from_run(finished, "cpu"), []
     for line in ("<image>Hello?", "And now?"):
-        answer = agent.chat(line, tmp_path / "p.png", "Be brief.", history, max_new_tokens=6)
+        answer = agent.chat(line, tmp_path / "p.png", "Brief.", history, max_new_tokens=6)
         history += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
         assert f"agent: {answer}\n" in said
     assert said.count("agent: ") == 2 and "im_end" in said.split("agent: ")[1]
@@ -2054,22 +2023,20 @@ def test_one_talks_to_a_run_past_a_line_it_cannot_take(finished, tmp_path, capsy
 
 # ---- eval.py: the page -----------------------------------------------------------------------
 
-
 nasty = "<script src='http://x.y'>{}</script>".format
 
 
 def page_of(folder, pictures=()) -> str:
-    """A page of one prompt, with nasty texts in all places; two codes, used alike."""
-    r = row("<image>" * len(pictures) + nasty("message"), nasty("reference"), pictures, nasty("id"))
-    r["reference"] = nasty("reference")
-    p = prediction(5, id=nasty("id"), tokens=[nasty("token"), "x"], codes=[3, 11])
-    p["answers"] = [nasty("answer")]
-    task, file = task_of(("d",), {"id": [r]}), folder / "page.html"
+    """A page of one prompt with nasty texts in all places, of a run with codes and one without."""
+    r = row("<image>" * len(pictures) + nasty("message"), nasty("answer"), pictures, "r")
+    p = prediction(5, id="r", answers=[nasty("answer")], tokens=[nasty("token"), "y", " x", " x"],
+                   codes=[3, 11, 11, 11])
+    task = task_of(("d",), {"id": [{**r, "reference": nasty("reference")}]})
     gains = {"reward": evaluation.gain_table(task, [p, p], [p, p])}
     write(folder / "log.jsonl", [{"reward_mean": 0.1, "kl": None}] * 3)
-    evaluation.write_page(file, task, nasty("title"), gains, {nasty("run"): [p]},
-                          folder / "log.jsonl")
-    return file.read_text(encoding="utf-8")
+    evaluation.write_page(folder / "page.html", task, nasty("title"), gains, {
+        nasty("run"): [p], "plain": [prediction(5, id="r")]}, folder / "log.jsonl")
+    return (folder / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("place", ["title", "run", "message", "reference", "answer", "token"])
@@ -2082,39 +2049,29 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     page = page_of(tmp_path, [picture()])
     for tag in re.findall("<[^>]*>", page):
         assert not re.search(r"https?:|href|@import|url\(|\son\w+=|<script|<link|<iframe", tag), tag
-    source, = re.findall('<img[^>]* src="([^"]*)"', page)
-    assert source.startswith("data:image/jpeg;base64,")
+    assert re.search('<img[^>]* src="data:image/jpeg;base64,', page)
 
 
 def test_the_page_shows_gains_rewards_codes_and_what_the_log_has(tmp_path):
     page = page_of(tmp_path)
-    assert "+0.000 ± 0.000" in page and ": 0.50</small>" in page
-    assert re.search("<td>3</td><td>50.0%</td>.*<td>11</td><td>50.0%</td><td>x 100%</td>", page)
-    assert page.count("<svg") == page.count("reward_mean") == 1
+    assert "+0.000 ± 0.000" in page and page.count(": 0.50</small>") == 2
+    assert re.search("<td>3</td><td>25.0%.*<td>11</td><td>75.0%</td><td>x 67%  y 33%</td>", page)
+    assert page.count("<h2>Codes") == page.count("<svg") == page.count("reward_mean") == 1
 
 
-@pytest.mark.parametrize("size,shown", [((1000, 3000), (224, 74)), ((3000, 2000), (149, 224)),
-                                        ((30, 20), (20, 30)), ((2, 900), (224, 1))])
+@pytest.mark.parametrize("size,shown", [((30, 20), (20, 30)), ((2, 900), (224, 1))])
 def test_a_picture_in_the_page_is_small_and_keeps_its_shape(size, shown):
     source, = re.findall('src="([^"]*)"', evaluation.picture(Image.new("RGB", size), "x"))
     assert kit.open_image(source, "x") == shown     # (height, width)
 
 
-@pytest.mark.parametrize("values,heights", [([0.0, 1.0, 4.0], [0, 0.25, 1]), ([1.0], [0]),
-                                            ([2.0, 2.0], [0, 0]), ([3.0, 1.0], [1, 0])])
+@pytest.mark.parametrize("values,heights", [([0, 1, 4], [0, .25, 1]), ([1], [0]), ([2, 2], [0, 0])])
 def test_a_curve_goes_up_with_its_values_and_evenly_to_the_right(values, heights):
     svg = evaluation.svg_line("t", values)
     x, y = np.array(re.findall(r"([\d.]+),([\d.]+)", svg), float).T
     close((y.max() - y) / (np.ptp(y) or 1), heights)
     close(x, np.linspace(x[0], x[-1], len(values)))
-    assert f">{max(values):g}<" in svg and f">{min(values):g}<" in svg
-
-
-def test_codes_by_hand():
-    found = evaluation.code_table([{"tokens": ["Beep", " a", "."], "codes": [1, 1, 0]},
-                                   {"tokens": [" a"], "codes": [1]}, {"answers": ["no codes"]}])
-    assert found == {"0": {"share": "25.0%", "tokens": ". 100%"},
-                     "1": {"share": "75.0%", "tokens": "a 67%  Beep 33%"}}
+    assert f">{max(values)}<" in svg and f">{min(values)}<" in svg
 
 
 # ---- train_projector.py ----------------------------------------------------------------------
@@ -2237,7 +2194,7 @@ def test_the_toy_worlds_data_are_its_cast_and_its_numbers_of_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("flags,remedy", [
-    (["--model", "m"], "--paired FILE"), (["--paired", "p.jsonl"], "--text.*--without text")])
+    (["--model", "m", "--text", "t"], "--paired FILE"), (["--paired", "p"], "--text.*--without")])
 def test_corpora_that_are_not_named_are_asked_for(flags, remedy):
     with pytest.raises(UserError, match=remedy):
         stage1.corpora(data_args(*flags), tiny_agent().encoder)
@@ -2292,7 +2249,8 @@ def inverse_losses(agent, rows):
 
 
 @pytest.mark.parametrize("split", [[ROWS], [ROWS[1:], ROWS[:1]], [[r] for r in ROWS]], ids=len)
-def test_inverse_losses_by_brute_force_in_any_batch_split(split):
+def test_inverse_losses_by_brute_force_in_any_batch_split(monkeypatch, split):
+    monkeypatch.setattr(train_idm, "ENTROPY", 0.5)
     total, wanted = {}, {"entropy": 0.0, "codes": 0}
     for rows in split:
         losses, figures = inverse_losses(tiny_agent(), rows)
@@ -2303,7 +2261,7 @@ def test_inverse_losses_by_brute_force_in_any_batch_split(split):
         idm, noise, _, ce, _ = labelled(rows)
         hot, p = F.one_hot((idm + noise).argmax(-1), 16), idm.softmax(-1)
         ce, entropy = (hot * ce).sum(), -(p * p.log()).sum()
-        wanted |= {f"ce_{kind}": ce, f"inverse_{kind}": ce - train_idm.ENTROPY * entropy,
+        wanted |= {f"ce_{kind}": ce, f"inverse_{kind}": ce - 0.5 * entropy,
                    "entropy": wanted["entropy"] + entropy, "codes": wanted["codes"] + hot.sum(0)}
         assert counts[f"inverse_{kind}"] == len(idm)
     assert losses.keys() == counts.keys() and total.keys() == wanted.keys()
@@ -2470,19 +2428,19 @@ def test_a_groups_rewards_vary_if_two_judged_ones_differ(rewards, answer):
     assert train_rl.varies(torch.tensor(rewards)) == answer
 
 
-def drawn_from(prompts, n):
+def next_ids(prompts, n):
     return [prompts.next()["id"] for _ in range(n)]
 
 
 def test_prompts_run_through_every_row_once_an_epoch_and_resume():
     rows = [{"id": i} for i in range(7)]
     prompts, resumed = train_rl.Prompts(rows, 3), train_rl.Prompts(rows, 3)
-    ids = drawn_from(prompts, 10)
+    ids = next_ids(prompts, 10)
     resumed.load_state_dict(prompts.state_dict())
-    ids += drawn_from(prompts, 11)
-    assert drawn_from(resumed, 11) == ids[10:] and ids[:7] != ids[7:14]
+    ids += next_ids(prompts, 11)
+    assert next_ids(resumed, 11) == ids[10:] and ids[:7] != ids[7:14]
     assert sorted(ids[:7]) == sorted(ids[7:14]) == sorted(ids[14:]) == list(range(7))
-    assert drawn_from(train_rl.Prompts(rows, 3), 21) == ids != drawn_from(train_rl.Prompts(rows, 4), 21)
+    assert next_ids(train_rl.Prompts(rows, 3), 21) == ids != next_ids(train_rl.Prompts(rows, 4), 21)
 
 
 def rl_args(*flags):
@@ -2501,11 +2459,10 @@ def stopping(space="latent", **modules):
     return agent
 
 
-def judge_of_marks(points) -> evaluation.Task:
+def rl_task(points) -> evaluation.Task:
     """A task whose judge gives points(row, text) of 10; NaN cannot be read."""
     def judge(rows, texts):
-        return [f"d: x [Scores]: ({points(r, text)}, 10)"
-                for r, text in zip(rows, texts, strict=True)]
+        return [f"d: x [Scores]: ({points(*each)}, 10)" for each in zip(rows, texts, strict=True)]
     return evaluation.Task("t", ("d",), (0.0, 2.0), {}, judge, 10)
 
 
@@ -2513,7 +2470,7 @@ def test_play_judges_each_answer_by_its_own_row_and_masks_failures():
     def points(r, text):
         return NAN if len(text) % 5 == 0 else (len(text) + len(r["id"])) % 10
     rows, found = {4: ROWS[2], 1: ROWS[1], 7: ROWS[0]}, []
-    for place, group in train_rl.play(stopping(), judge_of_marks(points), rows, rl_args(), 0).items():
+    for place, group in train_rl.play(stopping(), rl_task(points), rows, rl_args(), 0).items():
         wanted = torch.tensor([points(rows[place], text) / 10 for text in group.texts])
         torch.testing.assert_close(group.rewards, wanted, equal_nan=True)
         found += group.rewards.isnan().tolist()
@@ -2521,24 +2478,23 @@ def test_play_judges_each_answer_by_its_own_row_and_masks_failures():
 
 
 def test_answers_are_keyed_by_place_and_row_and_not_by_the_split_into_parts():
-    rows = {4: ROWS[2], 1: ROWS[0], 7: ROWS[0], 2: {**ROWS[0], "id": "other"}}
-
-    def texts(places, budget, step):
-        played = train_rl.play(stopping(), judge_of_marks(lambda *_: 1), {p: rows[p] for p in places},
-                               rl_args("--tokens-at-once", budget), step)
+    def texts(rows, budget="1", step=0):
+        args, task = rl_args("--tokens-at-once", budget), rl_task(lambda *_: 1)
+        played = train_rl.play(stopping(), task, rows, args, step)
         return {place: tuple(group.texts) for place, group in played.items()}
-    whole = texts(rows, "99999", 0)
-    assert len(set(whole.values())) == 4 and texts([1], "99999", 1)[1] != whole[1]
-    for places in ([4, 1, 7, 2], [7, 4], [2]):      # in parts of one prompt; and as other ranks do
-        assert texts(places, "1", 0) == {place: whole[place] for place in places}
+    rows = {4: ROWS[2], 1: ROWS[0], 7: ROWS[0]}
+    whole, renamed = texts(rows, "99999"), texts({1: {**ROWS[0], "id": "other"}})
+    assert len({whole[1], whole[7], renamed[1], texts({1: ROWS[0]}, step=1)[1]}) == 4
+    for places in ([4, 1, 7], [7, 4], [1]):         # in parts of one prompt; and as other ranks do
+        assert texts({p: rows[p] for p in places}) == {p: whole[p] for p in places}
 
 
 def collected(monkeypatch, varied, *extras):
     """A collect of three prompts; where `varied` says so the answers have two rewards."""
     monkeypatch.setattr(train_rl, "REFILLS", 2)
     rows = [row("What do you see?", "A.", (), f"{i}") for i in range(20)]
-    order, calls = drawn_from(train_rl.Prompts(rows, 0), 9), iter(range(999))
-    task = judge_of_marks(lambda r, text: 2 + next(calls) % 2 * (order.index(r["id"]) in varied))
+    order, calls = next_ids(train_rl.Prompts(rows, 0), 9), iter(range(999))
+    task = rl_task(lambda r, text: 2 + next(calls) % 2 * (order.index(r["id"]) in varied))
     prompts, args = train_rl.Prompts(rows, 0), rl_args("--extras", "overlong", *extras)
     return prompts, *train_rl.collect(stopping(), task, prompts, args, 5)
 
@@ -2574,7 +2530,7 @@ def test_collect_gives_two_ranks_what_it_gives_one(monkeypatch):
         assert got == kept and list(known) == list(alone) and set(groups) == {*range(number, 6, 2)}
 
 
-REWARDS = torch.tensor([[0.1, 0.9, 0.4, 1.5], [0.5, NAN, 0.7, 0.2], [0.2, 0.2, 0.9, 0.2]])
+REWARDS = torch.tensor([[0.1, 0.9, 0.4, 1.5], [0.2, 0.2, 0.9, 0.2], [0.5, NAN, 0.7, 0.2]])
 
 
 class Update:
@@ -2586,13 +2542,12 @@ class Update:
         policy = shake(copy.deepcopy(tiny_agent(space).policy), 0.05, 5).requires_grad_(True)
         backbone = copy.deepcopy(tiny_agent(space).backbone).to(dtype)
         self.agent, self.args = stopping(space, backbone=backbone, policy=policy), rl_args(*flags)
-        self.start, self.steps, self.known, self.kept = copy.deepcopy(policy), [], {}, [0, 1]
+        self.start, self.steps, self.known, self.kept = copy.deepcopy(policy), [], {}, [0, 2]
         self.reference = shake(copy.deepcopy(policy), 0.05, 9) if self.args.beta else None
         self.groups = rollout(self.agent, examples(prompt=True), 4, 10, 0.7, [5, 6, 7])
         for place, group in enumerate(self.groups):
             group.rewards = rewards[place]
-            self.known[place] = {"id": f"{place}", "rewards": rewards[place],
-                                 "lengths": group.mask.sum(1)}
+            self.known[place] = {"id": "", "rewards": rewards[place], "lengths": group.mask.sum(1)}
 
     def step(self):
         self.steps.append([p.grad.clone() for p in self.agent.policy.parameters()])
@@ -2603,7 +2558,7 @@ class Update:
         optimizer, groups = torch.optim.SGD(self.agent.policy.parameters()), enumerate(self.groups)
         optimizer.step = self.step
         return train_rl.update(self.agent, self.reference, optimizer, 1.0, run, dict(groups),
-                               self.known, self.kept, self.args, judge_of_marks(None))
+                               self.known, self.kept, self.args, rl_task(None))
 
     def logprobs(self, policy, group, i):
         """Log-probs of all actions at the n tokens of an answer, by one full pass: (n, actions)."""
@@ -2617,14 +2572,14 @@ class Update:
 
     def formula(self, policy, old, others=(0, 0)):
         """Loss and figures of a pass as the algorithm's entries say, an answer at a time; `old`
-        keeps the first pass's log-probs, `others` are another rank's answers and tokens. Advantages
-        and weights are tested by hand."""
+        keeps the first pass's log-probs, `others` are another rank's answers and tokens. The terms
+        that are functions of their own are tested by hand."""
         (low, high), beta, figures = self.args.clip, self.args.beta, 0.0
         rewards = torch.stack([self.known[place]["rewards"] for place in self.kept])
         lengths = torch.stack([self.known[place]["lengths"] for place in self.kept])
         judged = ~rewards.isnan()
-        if "overlong" in self.args.extras:          # of 10 tokens the last 2 are punished
-            rewards = rewards + ((8 - lengths) / 2).clamp(-1, 0)
+        if "overlong" in self.args.extras:
+            rewards = rewards + train_rl.overlong_punishment(lengths, 10)
         A = train_rl.advantages(rewards, self.args.scale, (0.0, 2.0))
         sequences, own = int(judged.sum()) + others[0], int(lengths[judged].sum())
         tokens = own + others[1]
@@ -2680,9 +2635,9 @@ def test_denominators_are_over_all_ranks_but_those_of_local(monkeypatch, aggrega
     monkeypatch.setattr(train_rl, "world_size", lambda: 2)
     monkeypatch.setattr(train_rl, "all_sum", lambda figures: {
         name: float(value) + other.get(name, 0) for name, value in figures.items()})
-    u = Update("--aggregate", aggregate, "--beta", "0.1")
-    u.run()
-    compare(u.steps[0], u.formula(u.start, {}, (5, 100))["loss"], u.start)
+    u = Update("--aggregate", aggregate, "--beta", "0.1", "--inner-epochs", "1")
+    figures, wanted = u.run(), u.formula(u.start, {}, (5, 100))
+    close(figures["grad_norm"], compare(u.steps[0], wanted["loss"], u.start), 2e-4)
 
 
 @pytest.mark.parametrize("space,dtype", [
@@ -2695,9 +2650,9 @@ def test_the_first_ratio_of_every_token_is_exactly_1(space, dtype):
 
 
 @pytest.mark.parametrize("beta,rewards,kept,steps", [
-    ("0", REWARDS, [0, 1], True), ("0", 0 * REWARDS.nan_to_num(), [0, 1], False),
-    ("0.1", 0 * REWARDS.nan_to_num(), [0, 1], True), ("0", NAN * REWARDS, [0, 1], False),
-    ("0.1", NAN * REWARDS, [0, 1], False), ("0.1", REWARDS, [], False)])
+    ("0", REWARDS, [0, 2], True), ("0", 0 * REWARDS.nan_to_num(), [0, 2], False),
+    ("0.1", 0 * REWARDS.nan_to_num(), [0, 2], True), ("0", NAN * REWARDS, [0, 2], False),
+    ("0.1", NAN * REWARDS, [0, 2], False), ("0.1", REWARDS, [], False)])
 def test_without_advantages_and_kl_nothing_moves_and_nothing_is_logged(beta, rewards, kept, steps):
     """No step is taken, which AdamW's momentum would turn into one of its own."""
     u = Update("--beta", beta, "--extras", rewards=rewards)
@@ -2718,7 +2673,8 @@ def test_step_figures_by_hand():
               "codes_used": 2, "code_perplexity": 5 ** 0.2 * 1.25 ** 0.8}   # of 4 and 16 actions
     got = train_rl.step_figures({0: first, 3: second}, "latent")
     assert {name: got[name] for name in wanted} == pytest.approx(wanted)
-    assert "codes_used" not in train_rl.step_figures({0: first}, "token")
+    alone = train_rl.step_figures({0: first}, "token")
+    assert "codes_used" not in alone and alone["zero_variance"] == 0
 
 
 @pytest.mark.parametrize("flags,changed", [
@@ -2785,8 +2741,7 @@ def test_a_reference_earns_exactly_1(split):
     lambda words: words + words, lambda words: words[:len(words) // 2]])
 def test_empty_strewn_doubled_and_half_answers_earn_little_above_the_floor(broken):
     rows = toy_splits()["id"][:100]
-    answers = [" ".join(broken(r["reference"].split())) for r in rows]
-    assert marks(rows, answers)["reward"] <= 0.2 + 0.1
+    assert marks(rows, [" ".join(broken(r["reference"].split())) for r in rows])["reward"] <= 0.3
 
 
 @pytest.mark.parametrize("asked,answered", [("all", "count"), ("count", "cell"), ("cell", "all")])
@@ -2839,23 +2794,813 @@ def test_no_reference_is_punished_for_its_length():
     assert not train_rl.overlong_punishment(lengths + 1, task.max_new_tokens).any()
 
 
-def test_chain_of_every_stage_and_its_evaluation_is_rescored(tmp_path, monkeypatch):
-    phases = [(name, 2, *rates) for name, _, *rates in stage1.BASE_PHASES]
-    monkeypatch.setattr(stage1, "BASE_PHASES", phases)
-    root = ["--run-root", str(tmp_path)]
-    for module, flags in ((stage1, []), (train_idm, []), (train_bc, ["--stage", "bc"]),
-                          (train_bc, ["--eval-prompts", "2"]),
-                          (train_bc, ["--action-space", "token", "--eval-prompts", "2"])):
-        module.main([*flags, *root, "--steps", "1"])
-    for space in ("latent", "token"):
-        train_rl.main(["--algo", "grpo", "--action-space", space, "--steps", "0", "--splits", "id",
-                       "--eval-prompts", "2", *root])
-        run = tmp_path / "tiny" / f"rl-mini-grpo-{space}-s0"
-        evaluation.main([str(run), "--splits", "id", "--eval-prompts", "2"])
-        table = json.loads((run / "summary.json").read_text())
-        again = evaluation.rescore(str(run / "predictions.jsonl"))
-        assert again["id greedy"]["reward"] == pytest.approx(table["id greedy"]["reward"])
-        assert (run / "report.html").exists()
+# ---- model.py: launch, ranks, flags ----------------------------------------------------------
+
+STAGES = {module.__name__: module for module in (stage1, train_idm, train_bc, train_rl)}
+
+
+@pytest.fixture
+def ends(monkeypatch, capfd):
+    """ends(main, argv) -> status and stderr of a command that fails."""
+    def run(main, argv):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        with pytest.raises(SystemExit) as end:
+            kit.launch(main)
+        return end.value.code, capfd.readouterr().err
+    return run
+
+
+@pytest.mark.parametrize("error,status,line", [
+    (UserError("a.jsonl:3: no\nrow"), 2, "script.py: error: a.jsonl:3: no row\n"),
+    (UserError("x" * 9999), 2, r"script.py: error: x+ \.\.\. x+\n"),
+    (OSError(28, "No space left", "runs/x"), 2, "script.py: error: .*No space.*runs/x.*check.*\n"),
+    (KeyboardInterrupt(), 130, ".*same command goes on.*\n"), (BrokenPipeError(), 141, "")])
+def test_a_mistake_outside_the_code_is_one_line_and_a_status(ends, error, status, line):
+    def main(argv):
+        raise error
+    ended, said = ends(main, [])
+    assert ended == status and re.fullmatch(line, said) and len(said) < 1300
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        kit.launch(lambda argv: 1 / 0)
+
+
+@pytest.mark.parametrize("model,given,calls", [("tiny", "", [1]), ("tiny", "2", []),
+                                               ("a/b", "", [])])
+def test_tiny_has_one_thread_unless_the_user_says_otherwise(monkeypatch, model, given, calls):
+    done = []
+    monkeypatch.setattr(torch, "set_num_threads", done.append)
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": given} if given else {})
+    kit.set_threads(model)
+    assert done == calls
+
+
+def flags_of(script, *argv, kind=None):
+    """A script's arguments as its main() has them, left open ones from this kind of DEFAULTS."""
+    module = STAGES[script]
+    args = module.arguments().parse_args([str(word) for word in argv])
+    return kit.fill(args, module.DEFAULTS[kind or next(iter(module.DEFAULTS))])
+
+
+@pytest.mark.parametrize("model,scale", [("tiny", "tiny"), ("a/b", "full")])
+@pytest.mark.parametrize("script", STAGES)
+def test_what_flags_leave_open_follows_the_model_and_the_kind(script, model, scale):
+    for kind, scales in STAGES[script].DEFAULTS.items():
+        args = vars(flags_of(script, "--model", model, "--codes", 77, "--lr", 0.25, kind=kind))
+        wanted = {**kit.STRUCTURE[scale], **scales[scale], "codes": 77, "lr": 0.25}
+        assert {name: args[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("argv", [
+    "--nonsense 1", "--step 3", "--steps 1.5", "--lr 0", "--lr nan", "--lr inf", "--lr x",
+    "--batch-tokens 0", "--codes -1", "--device tpu", "--without everything"])
+def test_a_flag_that_cannot_be_is_refused_by_its_name(capsys, argv):
+    with pytest.raises(SystemExit, match="2"):
+        flags_of("train_projector", *argv.split())
+    assert re.search(rf"error: .*{argv.split()[0]}\b", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("module", [*STAGES.values(), evaluation], ids=lambda m: m.__name__)
+def test_help_shows_every_flag_and_every_kinds_defaults(module):
+    text = module.arguments().format_help()     # fails for a "%" in a help that is not doubled
+    for action in module.arguments()._actions:
+        for flag in action.option_strings:
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), flag
+    for kind, scales in getattr(module, "DEFAULTS", {}).items():
+        for scale, values in scales.items():
+            line, = re.findall(rf"^{kind} {scale}  .*", text, re.M)
+            for value in {**kit.STRUCTURE[scale], **values}.values():
+                assert (f"{value:.4g}" if isinstance(value, float) else str(value)) in line
+
+
+def test_folders_of_variants_never_collide_and_have_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+
+    def of(flags, name=""):
+        return kit.folder_of(flags_of("train_idm", *flags.split()), "idm", name)
+    variants = ["", "--codes 77", "--idm-layers 77", "--policy-layers 77", "--image-tokens 77",
+                "--without text", "--without projector", "--without cycle", "--without text cycle",
+                "--model a/b", "--model m", "--run-root elsewhere"]
+    assert len({of("", "mine"), *map(of, variants)}) == len(variants) + 1
+    assert of("--without cycle --without text text") == of("--without text cycle")
+    assert of("--model m") == of("--model ./m/") == of(f"--model {tmp_path}/m")
+
+
+@pytest.mark.parametrize("step,steps,warmup,floor,factor", [
+    (0, 100, 0.1, 0.1, 0.1), (9, 100, 0.1, 0.1, 1), (55, 100, 0.1, 0.1, 0.55),
+    (100, 100, 0.1, 0.1, 0.1), (0, 4, 0, 0, 1), (2, 4, 0, 0, 0.75)])
+def test_cosine_by_hand(step, steps, warmup, floor, factor):
+    close(kit.cosine(step, steps, warmup, floor), factor)
+
+
+def test_sums_are_over_two_ranks_and_exact(monkeypatch):
+    def both(parts, part):
+        parts[:] = [{0: {"n": torch.tensor(2 ** 24), "x": torch.tensor([1.0, 2.0])}}, part]
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", both)
+    sums = kit.all_sum({"n": 1.0, "x": torch.tensor([0.5, 0.5])})
+    assert sums["n"] == 2 ** 24 + 1 and sums["x"].tolist() == [1.5, 2.5]    # fails in float32
+    assert kit.gather({1: "b"}).keys() == {0, 1} and kit.agreed("b")["n"] == 2 ** 24
+
+
+def optimise(run, lr, *gradients) -> tuple:
+    """A step of plain descent from 0, an optimiser a gradient -> the norm and where each ends."""
+    params = [nn.Parameter(torch.zeros(len(gradient))) for gradient in gradients]
+    for p, gradient in zip(params, gradients):
+        p.grad = torch.tensor(gradient)
+    optimizers = [torch.optim.SGD([p], lr=99.0) for p in params]
+    norm = kit.optimizer_step(run, optimizers, [lr] * len(params), ["row-7"])
+    return norm, [p.tolist() for p in params]
+
+
+def counters():
+    return SimpleNamespace(skipped=0, skipped_in_a_row=0, folder="runs/x")
+
+
+def test_each_optimisers_gradient_is_clipped_to_norm_1_and_the_largest_norm_is_told():
+    norm, (one, other) = optimise(counters(), 0.5, [3.0, 4.0], [0.0, 0.25])
+    assert norm == pytest.approx(5.0)
+    close([one, other], [[-0.3, -0.4], [0.0, -0.125]])
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_and_the_tenth_in_a_row_names_rows():
+    run = counters()
+    assert optimise(run, 1.0, [1.0], [math.inf])[1] == [[0.0], [0.0]]
+    optimise(run, 1.0, [1.0])
+    for _ in range(9):
+        optimise(run, 1.0, [math.nan])
+    assert (run.skipped, run.skipped_in_a_row) == (10, 9)
+    with pytest.raises(UserError, match="runs/x.*row-7.*--lr"):
+        optimise(run, 1.0, [math.nan])
+
+
+# ---- model.py: predecessors and run folders --------------------------------------------------
+
+
+def recorded(script, calls=()):
+    """A script as `predecessor` uses it, whose main() is recorded alone."""
+    module = STAGES[script]
+    return SimpleNamespace(arguments=module.arguments, __file__=module.__file__,
+                           main=lambda argv: calls.append(argv))
+
+
+@pytest.mark.parametrize("own", ["--stage bc", "--action-space token"])
+@pytest.mark.parametrize("model", ["tiny", "a/b"])
+def test_a_missing_predecessor_is_run_or_printed_as_the_user_would_run_it(tmp_path, model, own):
+    calls, common = [], ["--model", model, "--seed", 3, "--run-root", tmp_path / "a b", "--paired",
+                         "x y.json", "z.json", "--without", "cycle", "text", "--policy-layers", 77,
+                         "--recompute", "--task", write(tmp_path / "task.jsonl", [asks()])]
+    args = flags_of("train_rl", *common, "--lr", 0.5, "--steps", 7, "--name", "mine", "--fresh")
+    try:
+        kit.predecessor(args, {}, "none", recorded("train_bc", calls), *own.split())
+        assert model == "tiny"
+    except UserError as error:
+        printed = re.search("none.*run first: python train_bc.py (.*)", str(error))[1]
+        calls.append(shlex.split(printed))
+    wanted = flags_of("train_bc", *common, *own.split())
+    assert [flags_of("train_bc", *argv) for argv in calls] == [wanted]
+
+
+def new_run(root, *flags, script="train_projector", base="b", data=None, parent=None):
+    """A run of 9 steps on a stub of an agent."""
+    usual = ["--run-root", root, "--steps", 9, "--lr", 0.5, "--codes", 55]
+    args = flags_of(script, *usual, *flags)
+    agent = SimpleNamespace(base_hash=base, space="latent", dtype=torch.float32)
+    return kit.Run(args, kit.folder_of(args, "run"), agent, data or {"paired": "a 1"}, parent)
+
+
+def saved_run(root, *flags, **more):
+    """A run that has made its last step and its checkpoint."""
+    run = new_run(root, *flags, **more)
+    run.resume({})
+    run.save(9, {})
+    return run
+
+
+def finished_run(root, **more) -> Path:
+    run = new_run(root, **more)
+    run.finish(m=nn.Linear(1, 1))
+    return run.folder
+
+
+@pytest.mark.parametrize("flags,changed,differs", [
+    ("--seed 5 --lr 0.1 --steps 3", {}, None), ("", {"more": "c 1"}, None),     # its own
+    ("", {"task": "d 1"}, "task: t 1 -> d 1"), ("--parent PARENT", {"task": "d 1"}, None),
+    ("--parent PARENT", {"paired": "a 2"}, "paired: a 1 -> a 2"),
+    ("--parent PARENT --codes 6", {}, "codes: 55 -> 6"),
+    ("--parent PARENT --without cycle", {}, "without: .*cycle"),
+    ("--parent absent", {}, "absent: no finished run")])
+def test_a_finished_predecessor_must_share_structure_ablations_and_data(tmp_path, flags, changed,
+                                                                        differs):
+    data = {"paired": "a 1", "task": "t 1"}
+    folder = finished_run(tmp_path, data=data)
+    flags = flags.replace("PARENT", str(folder)).split()
+    args = flags_of("train_rl", "--run-root", tmp_path, "--codes", 55, *flags)
+    if differs:
+        with pytest.raises(UserError, match=differs):
+            kit.predecessor(args, data | changed, "run", recorded("train_bc"))
+    else:
+        assert kit.predecessor(args, data | changed, "run", recorded("train_bc")) == folder
+
+
+def log_of(folder) -> list[dict]:
+    """A log without what may differ between equal runs: time and memory."""
+    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [{k: v for k, v in r.items() if not re.search("second|memory", k)} for r in rows]
+
+
+def small_loop(root, weights=0, cut=None):
+    """A loop as the scripts have it; `cut` ends it in that step, between log and checkpoint."""
+    told = [row(f"Say {i}", "Yes.", (), f"t{i}") for i in range(9)]
+    run, rows = new_run(root), Stream(Rows([told]), tiny_agent().encoder, 120, seed=0)
+    torch.manual_seed(weights)
+    layer = nn.Linear(3, 2)
+    state = {"m": layer, "rows": rows, "optimizer": torch.optim.AdamW(layer.parameters())}
+    for step in range(run.resume(state), run.steps):
+        ids = [example.id for example in rows.next()]
+        x = torch.full((1, 3), math.nan if step == 1 else len(ids) / 9)
+        layer(x).square().sum().backward()
+        norm = kit.optimizer_step(run, [state["optimizer"]], [0.1], ids)
+        run.log(step, {"norm": norm, "third": 1 / 3, "rows": ids}, "norm")
+        run.append("samples.jsonl", [{"step": step}])
+        if step == cut:
+            break
+        run.save(step + 1, state)
+    return run, layer
+
+
+def test_a_run_that_was_cut_goes_on_exactly(tmp_path, monkeypatch):
+    whole, layer = small_loop(tmp_path / "whole")
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    small_loop(tmp_path / "cut", cut=4)
+    run, again = small_loop(tmp_path / "cut", weights=1)    # whatever it would have started from
+    log = log_of(whole.folder)
+    assert log_of(run.folder) == log and [r["step"] for r in log] == list(range(9))
+    assert torch.equal(again.weight, layer.weight)
+    assert [r["skipped"] for r in log] == [0] + [1] * 8
+    assert log[1]["norm"] is None and log[0]["third"] == 0.3333333
+    samples = [json.loads(line) for line in open(run.folder / "samples.jsonl")]
+    assert [r["step"] for r in samples] == list(range(9))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("differs,start", [
+    ("lr: 0.5 -> 0.25, steps: 9 -> 8", lambda r: new_run(r, "--lr", 0.25, "--steps", 8)),
+    ("a 1.* -> .*a 2", lambda r: new_run(r, data={"paired": "a 2"})),
+    ("base: b -> c", lambda r: new_run(r, base="c")),
+    ("parent_sha256: None -> ", lambda r: new_run(r, parent=finished_run(r / "other")))])
+def test_a_run_refuses_other_arguments_data_base_or_parent(tmp_path, finished, differs, start):
+    run = saved_run(tmp_path)
+    if finished:
+        run.finish(m=nn.Linear(1, 1))
+    with pytest.raises(UserError, match=rf"run-codes55 .*{differs}.*--name.*--fresh"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [
+    "--device cpu", "--tokens-at-once 9", "--recompute", "--eval-prompts 3", "--judge-url http://h",
+    "--splits valid", "--paired elsewhere/a", "--image-root elsewhere", "--name mine"])
+def test_a_run_goes_on_wherever_it_runs_and_whatever_it_evaluates(tmp_path, flags):
+    saved_run(tmp_path, script="train_rl")
+    assert new_run(tmp_path, *flags.split(), script="train_rl").resume({}) == 9
+
+
+def test_a_finished_run_holds_what_it_trained_its_hash_and_its_tables(tmp_path, capsys):
+    run, layer = saved_run(tmp_path), nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    run.report("one", {"a": {"x": 1.0}})
+    run.report("two", {"b": {"y": 0.123456}})
+    run.finish(m=layer)
+    file = run.folder / "model.safetensors"
+    assert load_file(file).keys() == {"m.weight"} and not (run.folder / "state").exists()
+    assert kit.read_config(run.folder)["sha256"] == kit.file_hash(file)
+    table = json.loads((run.folder / "report.json").read_text())
+    assert table == {"one": {"a": {"x": 1.0}}, "two": {"b": {"y": 0.123456}}}
+    assert new_run(tmp_path).finished and "is finished" in capsys.readouterr().out
+
+
+def test_fresh_deletes_a_run_and_starts_it_with_other_arguments(tmp_path):
+    finished_run(tmp_path)
+    run = new_run(tmp_path, "--lr", 0.25, "--fresh")
+    assert not run.finished and kit.read_config(run.folder)["args"]["lr"] == 0.25
+
+
+def test_a_start_that_was_interrupted_can_be_made_again_with_other_arguments(tmp_path):
+    (new_run(tmp_path).folder / "config.json").write_text('{"args"')
+    assert new_run(tmp_path, "--lr", 0.25).resume({}) == 0
+
+
+HOLD = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()")
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path, flags):
+    folder = new_run(tmp_path).folder
+    command = [sys.executable, "-c", HOLD, folder / "state/lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process.*--name"):
+            new_run(tmp_path, *flags)
+        assert (folder / "config.json").exists()
+        holder.stdin.close()
+    assert not new_run(tmp_path, *flags).finished       # the lock has died with its process
+
+
+def flip(file, at=-9):
+    """One bit of a file."""
+    data = bytearray(Path(file).read_bytes())
+    data[at] ^= 4
+    Path(file).write_bytes(data)
+
+
+def test_one_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    run, layer = small_loop(tmp_path)
+    checkpoint = run.folder / "state/last.pt"
+    flip(checkpoint, checkpoint.read_bytes().index(layer.weight.detach().numpy().tobytes()))
+    with pytest.raises(UserError, match=r"last\.pt.*not a checkpoint.*remove"):
+        small_loop(tmp_path)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_a_checkpoint_that_is_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = saved_run(tmp_path)
+    torch.save({"step": Trap()}, run.folder / "state/last.pt")
+    with pytest.raises(UserError, match=r"last\.pt.*not a checkpoint.*remove"):
+        run.resume({})
+    assert not Path("sprung").exists()
+
+
+def test_ranks_that_find_different_checkpoints_are_told(tmp_path, monkeypatch):
+    run = saved_run(tmp_path)
+    monkeypatch.setattr(kit, "gather", lambda part: {**part, 1: 0})
+    with pytest.raises(UserError, match=r"\[0, 9\].*--run-root"):
+        run.resume({})
+
+
+@pytest.mark.parametrize("writer", [torch.save, save_file,
+                                    lambda tensors, path: path.write_text("x" * 9999)])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, writer):
+    kit.write_text(tmp_path / "x", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="x: cannot be written.*space"):
+            kit.atomic(tmp_path / "x", lambda path: writer({"w": torch.zeros(9999)}, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "x").read_text() == "old" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_where_nothing_can_be_written_it_is_said(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="runs/x: cannot be written.*permission"):
+        kit.write_text(tmp_path / "runs/x", "new")
+
+
+# ---- The whole chain, as a user would run it -------------------------------------------------
+
+WORDS = {"FILES": "--paired p.jsonl q.json --text t.jsonl", "TASK": "--task task.jsonl",
+         "RL": "--action-space latent --prompts 3 --group-size 4 --max-new-tokens 8 "
+               "--temperature 1 --eval-prompts 1"}
+LATENT, TOKEN = "rl-task-grpo-latent-s0", "rl-task-dapo-token-s0"
+ADAMW = torch.optim.AdamW
+
+
+class StrongMerge(kit.WorldModel):
+    """An untrained one in which codes change tokens already."""
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        shake(self, 0.15)
+
+
+def by_place(*points, dimensions=("Wit",)):
+    """A judge that gives these points by turns, whatever is said; None: it fails."""
+    def judge(rows, answers):
+        replies = []
+        for k in range(len(answers)):
+            of_ten = points[k % len(points)]
+            lines = [f"{name}: x [Scores]: ({of_ten}, 10)" for name in dimensions]
+            replies.append(None if of_ten is None else "\n".join(lines))
+        return replies
+    return judge, dimensions
+
+
+def shrink(patch):
+    """A small structure, short stages, each kind with a learning rate of its own, and descent in
+    AdamW's place: a step moves weights by lr x the gradient, so that these compare as it does."""
+    patch.setattr(kit, "WorldModel", StrongMerge)
+    patch.setattr(torch.optim, "AdamW", lambda params, **_: torch.optim.SGD(params, momentum=0.9))
+    patch.setitem(kit.STRUCTURE, "tiny",
+                  {"codes": 8, "idm_layers": 1, "policy_layers": 1, "image_tokens": 4})
+    short = {"steps": 2, "lr": 0.05, "batch_tokens": 150, "inner_epochs": 2, "splits": ["id"]}
+    for module in STAGES.values():
+        for scales in module.DEFAULTS.values():
+            patch.setitem(scales, "tiny", {name: short[name] for name in scales["tiny"]})
+            short["lr"] += 0.01
+    judge = lambda rows, answers: [f"Wit: x [Scores]: ({len(a) % 7}, 10)" for a in answers]
+    patch.setitem(evaluation.JUDGES, "task", (judge, ("Wit",)))
+
+
+def argv_of(command: str) -> tuple:
+    """(a script's main, its arguments) of "train_rl FILES TASK ...", see WORDS."""
+    for word, flags in WORDS.items():
+        command = command.replace(word, flags)
+    script, *flags = command.split()
+    return STAGES[script].main, ["--device", "cpu", "--run-root", "runs", *flags]
+
+
+def stage(command: str):
+    main, argv = argv_of(command)
+    main(argv)
+
+
+def make_files(home: Path) -> Path:
+    """An untrained base in home/runs/tiny, a user's few rows beside it."""
+    base, *rest = stage1.tiny_base(DOCUMENTS, seed=0, width=64, layers=2, vocab=400)
+    for part in (shake(base, 0.1), *rest):              # or all greedy tokens are one
+        part.save_pretrained(home / "runs/tiny/base")
+    (home / "runs/tiny/base/pretraining").mkdir()
+    write(home / "runs/tiny/base/pretraining/config.json", {
+        "args": {}, "data": {"world": f"toy world {stage1.MINI_VERSION}"}, "base": "",
+        "space": "latent", "parent": None, "sha256": None})
+    picture().save(home / "a.png")
+    task, paired, text = [], [], []
+    for i, split in enumerate(["sft", "rl", "rl", "rl", "sft", "rl", "valid", "id", "ood"]):
+        task.append(asks(f"<image>Say {i}", "the a s e o t", images=["a.png"], split=split))
+    for i in range(12):
+        paired.append(asks("<image>What?", "the a s e o " * (i % 3 + 1), images=["a.png"]))
+        text.append(asks("What?", "in r t the " * (i % 4 + 1)))
+    for name, rows in (("task.jsonl", task), ("p.jsonl", paired[:6]), ("q.json", paired[6:]),
+                       ("t.jsonl", text)):
+        write(home / name, rows)
+    return home
+
+
+def whole_chain(flags=""):
+    """All stages, for both action spaces; what is missing is run first."""
+    stage(f"train_rl FILES TASK RL --algo grpo {flags}")
+    stage(f"train_rl FILES TASK RL --algo dapo --action-space token {flags}")
+    stage(f"train_bc FILES TASK --sft release --eval-prompts 1 {flags}")
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder with the whole chain in runs/tiny, run in this process."""
+    home = make_files(tmp_path_factory.mktemp("chain"))
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.chdir(home)
+        whole_chain()
+    return home
+
+
+@pytest.fixture
+def in_chain(chain, tmp_path, monkeypatch) -> Path:
+    """runs/tiny of a copy of the chain, which is the current folder."""
+    shrink(monkeypatch)
+    monkeypatch.chdir(shutil.copytree(chain, tmp_path / "home"))
+    return Path("runs/tiny")
+
+
+TRAINED = {         # folder -> the stage's script and its kind of DEFAULTS, modules that it trains
+    "projector": ("train_projector", "projector", ["projector"]),
+    "idm": ("train_idm", "idm", ["codebook", "idm", "projector", "world"]),
+    "bc": ("train_bc", "bc", ["policy"]), "sft-task-latent": ("train_bc", "latent", ["policy"]),
+    "sft-task-latent-release": ("train_bc", "latent", ["backbone"]),
+    "sft-task-token": ("train_bc", "token", ["policy"]),
+    LATENT: ("train_rl", "latent", ["policy"]), TOKEN: ("train_rl", "token", ["policy"])}
+
+
+@pytest.mark.parametrize("folder", TRAINED)
+def test_chain_stages_keep_what_they_trained_under_their_own_defaults(in_chain, folder):
+    script, kind, modules = TRAINED[folder]
+    tensors = load_file(in_chain / folder / "model.safetensors")
+    assert sorted({name.split(".")[0] for name in tensors}) == modules
+    lr = STAGES[script].DEFAULTS[kind]["tiny"]["lr"]
+    assert kit.read_config(in_chain / folder)["args"]["lr"] == lr
+
+
+@pytest.mark.parametrize("folder", [name for name in TRAINED if name.startswith(("sft", "rl"))])
+def test_chain_leaves_agents_that_chat(in_chain, folder):
+    agent = Agent.from_run(in_chain / folder, "cpu")
+    weights, said = agent.state_dict(), []
+    for name, value in load_file(in_chain / folder / "model.safetensors").items():
+        assert torch.equal(weights[name], value), name
+    for image in ("a.png", None):
+        said.append(agent.chat("What?", image, temperature=1.0, max_new_tokens=8))
+    assert all(said) and said[0] != said[1]
+
+
+def test_chain_repeated_is_finished_and_other_arguments_are_refused(in_chain, ends, capfd):
+    command = "train_rl FILES TASK RL --algo grpo"
+    before = (in_chain / LATENT / "model.safetensors").stat()
+    stage(command)
+    assert f"{LATENT} is finished" in capfd.readouterr().out
+    status, said = ends(*argv_of(f"{command} --steps 3"))
+    assert status == 2 and re.search(f"{LATENT} .*steps: 2 -> 3", said)
+    assert (in_chain / LATENT / "model.safetensors").stat() == before
+
+
+@pytest.mark.parametrize("without,absent", [
+    ("text", {"ce_text", "loss_cycle"}), ("cycle", {"loss_cycle"}),
+    ("projector", {"loss_paired", "loss_cycle"})])
+def test_chain_of_an_ablation_has_its_own_folders_and_lacks_the_term(in_chain, without, absent):
+    stage(f"train_rl FILES TASK RL --algo grpo --without {without}")
+    logged = log_of(in_chain / f"idm-without-{without}")[0]
+    terms = ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
+    assert {name for name in terms if not logged.get(name)} == absent
+    agent = Agent.from_run(in_chain / f"{LATENT}-without-{without}", "cpu")
+    assert (agent.projector is None) == (without == "projector")
+
+
+def test_chain_release_trains_vision_tower_last_layers_norm_and_embeddings_alone(in_chain):
+    trained = load_file(in_chain / "sft-task-latent-release/model.safetensors")
+    before = Agent.from_run(in_chain / LATENT, "cpu").backbone.state_dict()
+    wanted, text = set(), "model.language_model."
+    for part in ("model.visual.", f"{text}layers.1.", f"{text}norm.", f"{text}embed_tokens."):
+        names = {name for name in before if name.startswith(part)}
+        assert not all(torch.equal(before[name], trained[f"backbone.{name}"]) for name in names)
+        wanted |= {f"backbone.{name}" for name in names}
+    assert trained.keys() == wanted
+
+
+def test_chain_labels_of_the_release_are_all_text(in_chain, monkeypatch):
+    inner, seen = train_bc.release_losses, []
+
+    def losses(agent, batch):
+        seen.append((agent.encoder, batch))
+        return inner(agent, batch)
+    monkeypatch.setattr(train_bc, "release_losses", losses)
+    stage("train_bc FILES TASK --sft release --name labels --steps 1")
+    (encoder, batch), = seen
+    by_id = {r["id"]: encoder.encode(r) for r in Rows(["task.jsonl"])}
+    for row_id, marks in zip(batch.row_ids, batch.predicts):
+        assert marks.sum() == by_id[row_id].predicts.sum()
+
+
+@pytest.mark.parametrize("command,folder,parent", [
+    ("train_idm FILES", "idm", "projector"), ("train_bc FILES TASK", "sft-task-latent", "bc"),
+    ("train_rl FILES TASK RL --algo grpo", LATENT, "sft-task-latent")])
+def test_chain_of_no_step_finishes_with_what_it_started_from(in_chain, command, folder, parent):
+    stage(f"{command} --steps 0 --name start")
+    start = load_file(in_chain / f"{folder}-start/model.safetensors")
+    had = load_file(in_chain / parent / "model.safetensors")
+    assert had and all(torch.equal(start[name], value) for name, value in had.items())
+
+
+JUDGED = "train_rl FILES TASK RL --name judged --splits --algo"
+
+
+def test_chain_failed_judgements_are_counted_and_never_scored(in_chain, monkeypatch):
+    monkeypatch.setitem(evaluation.JUDGES, "task", by_place(None, 9, 10))
+    stage(f"{JUDGED} grpo")
+    for logged in log_of(in_chain / f"{LATENT}-judged"):
+        assert logged["judge_failed"] == 4 and logged["reward_mean"] == pytest.approx(0.95)
+
+
+def test_chain_a_judge_of_no_use_stops_before_anything_is_learnt_or_logged(in_chain, ends,
+                                                                            monkeypatch):
+    monkeypatch.setitem(evaluation.JUDGES, "task", by_place(None, None, None, 9, 10))
+    status, said = ends(*argv_of(f"{JUDGED} grpo"))
+    assert status == 2 and re.search("8 of 12 .*judge", said)
+    run = in_chain / f"{LATENT}-judged"
+    assert not (run / "log.jsonl").exists() and not (run / "state/last.pt").exists()
+    shrink(monkeypatch)                             # the judge seen to: the same command
+    stage(f"{JUDGED} grpo")
+    assert len(log_of(run)) == 2
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "dr_grpo"])
+def test_chain_in_which_no_group_varies_ends_with_status_3_and_no_weights(in_chain, ends,
+                                                                          monkeypatch, algo):
+    monkeypatch.setitem(evaluation.JUDGES, "task", by_place(5))
+    status, said = ends(*argv_of(f"{JUDGED} {algo}"))
+    assert status == 3 and "nothing was learnt" in said
+    assert not [*in_chain.glob("*-judged/model.safetensors")] and [*in_chain.glob("*-judged")]
+
+
+# Killed, and on two ranks.
+
+
+def after_logging(patch, action):
+    """Call action(run, step) between each log and its checkpoint."""
+    log = kit.Run.log
+
+    def logging(run, step, *rest):
+        log(run, step, *rest)
+        action(run, step)
+    patch.setattr(kit.Run, "log", logging)
+
+
+def cut_the_world(patch):
+    """Stage 0 of few steps, a toy world of few rows."""
+    few = stage1.mini_corpus
+    patch.setattr(stage1, "mini_corpus", lambda kind, n, seed: few(kind, min(n, 120), seed))
+    patch.setattr(stage1, "BASE_PHASES", [(name, 2, *lrs) for name, _, *lrs in stage1.BASE_PHASES])
+    patch.setattr(stage1, "BASE_TOKENS", 600)
+    for sizes, n in ((stage1.CORPUS, 120), (stage1.SIZES, 24)):
+        for name in sizes:
+            patch.setitem(sizes, name, n)
+
+
+@pytest.mark.parametrize("folder,command", [
+    ("base/pretraining", "train_projector FILES"), ("idm", "train_idm FILES"),
+    (LATENT, "train_rl FILES TASK RL --algo grpo"),
+    (TOKEN, "train_rl FILES TASK RL --algo dapo --action-space token")])
+def test_chain_killed_at_random_steps_ends_with_the_same_bits(in_chain, monkeypatch, folder,
+                                                              command):
+    """Fails without optimisers, cursors or the cut of logs."""
+    monkeypatch.setattr(torch.optim, "AdamW", ADAMW)
+    monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
+    cut_the_world(monkeypatch)
+    shutil.rmtree(in_chain / folder.split("/")[0])
+    if "base" in folder:
+        shutil.rmtree(in_chain / "projector")
+    shutil.copytree("runs", "calm")
+    stage(f"{command} --steps 4 --run-root calm")
+    for last in sorted(random.Random(command).sample(range(4), 2)):
+        def killed(run, step):
+            if step == last:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            after_logging(patch, killed)
+            stage(f"{command} --steps 4")
+    stage(f"{command} --steps 4")
+    assert log_of(Path("calm/tiny") / folder) == log_of(in_chain / folder)
+    weights = folder.split("/")[0] + "/model.safetensors"
+    assert Path("calm/tiny", weights).read_bytes() == (in_chain / weights).read_bytes()
+
+
+def worker():
+    """One of torchrun's: the chain in micro-batches and with layers computed again; then a longer
+    run twice, in the second of which rank 1 is lost in the first attempt."""
+    def lost(run, step):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if run.folder.name.endswith("lost") and step == 2 and kit.rank() == 1 and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def main(argv):
+        whole_chain("--tokens-at-once 64 --recompute")
+        for name in ("calm", "lost"):
+            stage(f"train_rl FILES TASK RL --algo grpo --steps 4 --name {name}")
+        print("all done", flush=True)
+        time.sleep(99)
+    patch = pytest.MonkeyPatch()
+    shrink(patch)
+    patch.setattr(kit, "SAVE_SECONDS", 0)
+    after_logging(patch, lost)
+    kit.launch(main)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """`worker` under torchrun on two ranks, which is killed when they have done: runs/tiny, what
+    was said, and the seconds after which both were gone."""
+    home, said = make_files(tmp_path_factory.mktemp("ranks")), ""
+    path = os.pathsep.join(str(Path(file).parent) for file in (__file__, kit.__file__))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
+               "--nproc-per-node=2", "--no-python", sys.executable, "-c",
+               f"import {__name__} as tests; tests.worker()"]
+    with subprocess.Popen(command, cwd=home, text=True, stdout=subprocess.PIPE, env={
+            **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}) as torchrun:
+        while "all done" not in said and torchrun.poll() is None:
+            said += torchrun.stdout.readline()
+        torchrun.kill()
+        began = time.time()
+        said += torchrun.stdout.read()              # to the end of the last process
+    return home / "runs/tiny", said, time.time() - began
+
+
+def test_chain_runs_what_is_missing_and_says_so(two_ranks):
+    for folder, script in (("sft-task-latent", "train_bc"), ("bc", "train_bc"),
+                           ("idm", "train_idm"), ("projector", "train_projector")):
+        said = rf"/{folder} is missing.*: running {script}\.py first"
+        assert len(re.findall(said, two_ranks[1])) == 1
+
+
+@pytest.mark.parametrize("folder", TRAINED)
+def test_chain_of_two_ranks_in_micro_batches_learns_what_one_rank_does(chain, two_ranks, folder):
+    one, two = chain / "runs/tiny" / folder, two_ranks[0] / folder
+    far, apart = 0.0, 0.0                           # how far it went; how far apart both ended
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        far += a["lr"] * min(1.0, a["grad_norm"])
+    others = load_file(two / "model.safetensors")
+    for name, value in load_file(one / "model.safetensors").items():
+        apart += (value - others[name]).square().sum().item()
+    assert apart ** 0.5 < 1e-4 * far
+
+
+def test_chain_goes_on_by_itself_to_the_same_bits_when_a_worker_is_lost(two_ranks):
+    runs, said, _ = two_ranks
+    assert re.search(f"continuing .*{LATENT}-lost at step [23]", said)
+    calm, lost = runs / f"{LATENT}-calm", runs / f"{LATENT}-lost"
+    assert log_of(calm) == log_of(lost)
+    weights = [(run / "model.safetensors").read_bytes() for run in (calm, lost)]
+    assert weights[0] == weights[1]
+
+
+def test_chain_workers_end_when_their_torchrun_is_gone(two_ranks):
+    assert "all done" in two_ranks[1] and two_ranks[2] < 30
+
+
+# Bad input: what is done before, the command, what its one line says.
+
+
+def edit(file, *rows, tail=""):
+    return lambda: Path(file).write_text("".join(f"{json.dumps(r)}\n" for r in rows) + tail)
+
+
+BAD_RL = "train_rl FILES TASK RL --algo grpo --name bad"
+BAD_FILES = "train_projector --name bad --paired"
+BAD = [
+    (edit("task.jsonl", asks("<image>?", images=["no.png"])), BAD_RL, r"task\.jsonl:1.*no\.png"),
+    (edit("task.jsonl", asks("<image>?", images=["http://a.org/b.png"])), BAD_RL,
+     r"task\.jsonl:1.*b\.png.*download"),
+    (edit("task.jsonl", asks(), tail="{"), BAD_RL, r"task\.jsonl:2.*JSON"),
+    (edit("p.jsonl", asks(), tail="{"), f"{BAD_FILES} p.jsonl --without text", r"p\.jsonl:2.*JSON"),
+    (None, f"{BAD_FILES} p.jsonl", "--text.*--without text"),
+    (None, f"{BAD_FILES} gone.jsonl --without text", r"gone\.jsonl.*check"),
+    (None, f"{BAD_FILES} p.jsonl --without text --model ./gone", "--model .*gone: no such folder"),
+    (None, f"{BAD_FILES} p.jsonl --without text --run-root a.png", "a.png.*permission"),
+    (None, "train_bc FILES --task nothing --name bad", "--task: nothing .*neither"),
+    (None, f"{BAD_RL} --judge-url http://127.0.0.1:9/v1", "--judge-url and --judge-model"),
+    (lambda: os.environ.update(RANK="0"), BAD_RL, "MASTER_ADDR.*torchrun"),
+    (lambda: flip("runs/tiny/sft-task-latent/model.safetensors"), BAD_RL,
+     r"sft-task-latent/model\.safetensors.*--fresh"),
+    (lambda: flip("runs/tiny/base/model.safetensors"), BAD_RL, "another base.*--fresh"),
+    (lambda: os.remove("runs/tiny/base/model.safetensors"), BAD_RL, "base.*model")]
+
+
+@pytest.mark.parametrize("damage,command,message", BAD, ids=range(len(BAD)))
+def test_chain_bad_input_is_one_line_before_any_step(in_chain, ends, monkeypatch, damage, command,
+                                                     message):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    if damage:
+        damage()
+    status, said = ends(*argv_of(command))
+    line, = [line for line in said.splitlines() if "error:" in line]
+    assert status == 2 and re.search(message, line) and "Traceback" not in said
+    assert not [*Path("runs").rglob("*-bad/log.jsonl")]
+
+
+# Losses of the first steps, every argument given.
+
+GIVEN = ("--model tiny --dtype float32 --seed 0 --steps 2 --lr 1e-3 --tokens-at-once 4096 "
+         "--codes 8 --idm-layers 1 --policy-layers 1 --image-tokens 4")
+CORPORA = f"{GIVEN} --batch-tokens 512"
+MINI = "--task mini --eval-prompts 1 --action-space"
+GIVEN_RL = (f"{GIVEN} --prompts 3 --group-size 4 --max-new-tokens 6 --temperature 1 --algo grpo "
+            "--inner-epochs 1 --scale group --clip 0.2 0.2 --aggregate tokens --beta 0.01 "
+            f"--extras --splits {MINI}")
+COMMANDS = {
+    "projector": f"train_projector {CORPORA} --paired-steps 0",
+    "idm": f"train_idm {CORPORA} --paired-steps 0", "bc": f"train_bc {CORPORA} --stage bc",
+    "sft-mini-latent": f"train_bc {CORPORA} {MINI} latent --sft clone",
+    "sft-mini-token": f"train_bc {CORPORA} {MINI} token",
+    "rl-mini-grpo-latent": f"train_rl {GIVEN_RL} latent",
+    "rl-mini-grpo-token": f"train_rl {GIVEN_RL} token"}
+GOLDEN_LOSSES = {
+    "base/pretraining": {"loss": 6.82765, "grad_norm": 0.3425847},
+    "projector": {"loss_paired": 0.009678707, "loss_cycle": 0.0, "grad_norm": 0.2657048},
+    "idm": {"ce_paired": 5.976343, "ce_text": 5.887491, "entropy": 2.058917,
+            "loss_paired": -0.0250304, "loss_cycle": -0.01451569, "grad_norm": 0.2917598},
+    "bc": {"ce": 2.059274, "grad_norm": 1.323038},
+    "sft-mini-latent": {"ce": 2.054616, "grad_norm": 1.298134},
+    "sft-mini-token": {"ce": 6.337501, "grad_norm": 1.436773},
+    "rl-mini-grpo-latent": {"loss": 0.0, "entropy": 2.048936, "grad_norm": 1.156734},
+    "rl-mini-grpo-token": {"loss": 0.0, "entropy": 6.790167, "grad_norm": 1.169805}}
+
+
+def test_chain_losses_of_the_first_steps_are_the_golden_ones(tmp_path, monkeypatch):
+    """They move with the toy world, initial weights and losses: if that was meant, paste the new
+    ones, which this prints."""
+    monkeypatch.chdir(tmp_path)
+    cut_the_world(monkeypatch)
+    monkeypatch.setattr(evaluation, "judge_by_rules",
+                        by_place(1, 3, 2, 9, 7, dimensions=stage1.DIMENSIONS)[0])
+    new = {}
+    for name, command in {"base/pretraining": "", **COMMANDS}.items():
+        if command:
+            stage(command)
+    for name in ("base/pretraining", *COMMANDS):
+        file, = Path("runs/tiny").glob(f"{name}*/log.jsonl")
+        first = log_of(file.parent)[0]
+        new[name] = {key: value for key, value in first.items()
+                     if re.search("loss|^ce|norm|entropy", key)}
+        assert first.get("ratio_error", 0.0) < 1e-5
+    for name, figures in GOLDEN_LOSSES.items():
+        assert new[name] == pytest.approx(figures, rel=1e-3, abs=1e-6), f"GOLDEN_LOSSES = {new}"
 
 
 # ---- python test_all.py --benchmark: speed against what a user would otherwise run ---------------

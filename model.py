@@ -536,7 +536,18 @@ class Agent(nn.Module):
         """x_{t+1} of states (N, d) and actions (N,): (N,)."""
         if self.space == "token":
             return actions
+        if "codebook" in self.structure["without"]:
+            return self.likeliest(s).gather(1, actions[:, None])[:, 0]
         return self.next_token_logits(s, actions).argmax(-1)
+
+    def likeliest(self, s: Tensor) -> Tensor:
+        """Control without a learnt codebook: action j is the j-th likeliest token under the lm_head
+        of the state that the policy reads, (K, d) -> (K, |C|)."""
+        head = self.backbone.lm_head
+
+        def piece(s):
+            return (head(s).float() + self.token_bias).topk(self.structure["codes"]).indices
+        return in_chunks(piece, LOGITS_AT_ONCE // head.out_features, s)
 
     def world_logprobs(self, s: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         """log f_world(x_{t+1} | s_t, c_t): states, code vectors (K, d), targets (K,) -> (K,)."""
@@ -1515,8 +1526,10 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--idm-layers", type=count, help="layers of the inverse dynamics model")
     add("--policy-layers", type=count, help="layers of the policy")
     add("--image-tokens", type=count, help="most tokens an image may have, its shape kept")
-    add("--without", action="extend", nargs="+", choices=("text", "projector", "cycle"), default=[],
-        help="text-only rows; the projector (their states are e^T itself); the cycle loss on them")
+    add("--without", action="extend", nargs="+", default=[],
+        choices=("text", "projector", "cycle", "codebook"),
+        help="text-only rows; the projector (their states are e^T itself); the cycle loss on them; "
+        "the codebook (action j is the j-th likeliest token)")
     return parser
 
 

@@ -25,6 +25,7 @@ import argparse
 import sys
 
 import train_idm
+import train_projector
 from eval import MODES, choose_splits, evaluate, load_task, task_data, task_flags
 from eval import without_dimensions
 from model import (Agent, Batch, Rows, Run, Stream, UserError, all_sum, code_usage, cosine, fill,
@@ -65,12 +66,32 @@ def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), codes, reduction="none")
 
 
+@torch.no_grad()
+def codes_to_clone(agent: Agent, batch: Batch, states: Tensor) -> Tensor:
+    """What the policy clones, (K,): the IDM's noise-free argmax codes, or --without codebook the
+    next token's rank among the |C| likeliest."""
+    if "codebook" in agent.structure["without"]:
+        return rank_of_next(agent, batch, states).int().argmax(-1)
+    return agent.idm_logits(states)[batch.labelled()[0]].argmax(-1)
+
+
+def rank_of_next(agent: Agent, batch: Batch, states: Tensor) -> Tensor:
+    """Which of the |C| likeliest tokens is the next one, (K, |C|) bool; none in some rows."""
+    where, targets = batch.labelled()
+    return agent.likeliest(states[:, :-1][where]) == targets[:, None]
+
+
+def keep_reachable(agent: Agent, batch: Batch):
+    """--without codebook: only next tokens that are among the |C| likeliest are cloned."""
+    kept = rank_of_next(agent, batch, agent.states(batch)).any(-1)
+    batch.predicts[:, :-1].masked_scatter_(batch.predicts[:, :-1].clone(), kept)
+
+
 def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """L_BC, B rows -> (K,) each. A hit is the IDM's noise-free argmax code as the policy's."""
+    """L_BC, B rows -> (K,) each. A hit is a code that is the policy's likeliest too."""
     where, _ = batch.labelled()
     states = agent.states(batch)
-    with torch.no_grad():
-        codes = agent.idm_logits(states)[where].argmax(-1)                    # (K,)
+    codes = codes_to_clone(agent, batch, states)
     logits = agent.policy(states, text_positions(states))[:, :-1][where]      # (K, |C|)
     return cloning_loss(logits, codes), logits.argmax(-1) == codes
 
@@ -111,28 +132,33 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
     """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
     model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on REPORTED / |C| tokens."""
     report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
+    control = "codebook" in agent.structure["without"]
     for name, examples in held.items():
         parts = []
         for batch in micro_batches(agent, examples, tokens_at_once):
+            if control:
+                keep_reachable(agent, batch)
             where, targets = batch.labelled()
             e = agent.embeddings(batch)
             states = agent.project(e, batch.has_image)
             with agent.autocast():
                 logits = agent.policy(states, text_positions(states))[:, :-1][where].float()
-                codes = agent.idm_logits(states)[where].argmax(-1)
+                codes = codes_to_clone(agent, batch, states)
             parts.append((e[:, :-1][where], states[:, :-1][where], logits, codes, targets))
         e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
         best = logits.argmax(-1)
+        report[name] = {"accuracy": (best == codes).float().mean().item()}
+        if control:                                 # there is no world model
+            continue
         chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         chosen = chosen[:max(1, REPORTED // n)].to(agent.device)
         mixture = F.log_softmax(logits[chosen], -1)                           # (tokens, |C|)
         for code, c in enumerate(agent.codebook.weight):
             mixture[:, code] += agent.world_logprobs(s[chosen], c.expand_as(s[chosen]), x[chosen])
         base = token_logprobs(head, e[chosen], x[chosen], agent.token_bias)
-        report[name] = {"accuracy": (best == codes).float().mean().item(),
-                        "policy x world": -torch.logsumexp(mixture, -1).mean().item(),
-                        "base": -base.mean().item(),
-                        **code_usage(torch.bincount(best, minlength=n))}
+        report[name] |= {"policy x world": -torch.logsumexp(mixture, -1).mean().item(),
+                         "base": -base.mean().item(),
+                         **code_usage(torch.bincount(best, minlength=n))}
     return report
 
 
@@ -140,9 +166,12 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     token, cloning = args.action_space == "token", args.stage == "bc"
     release = args.sft == "release" and not token and not cloning
+    control = "codebook" in args.without and not token
     fill(args, DEFAULTS["bc" if cloning else args.action_space])
     if token and cloning:
         raise UserError("--stage bc clones codes; the token baseline starts with its SFT")
+    if release and control:
+        raise UserError("--sft release fits the world model, which --without codebook lacks")
     data, parent, task = data_of(args), None, None
     if not cloning:                                 # what is wrong with the task comes first
         task, data = load_task(args), data | task_data(args)
@@ -155,7 +184,10 @@ def main(argv=None):
         agent, losses, folder = Agent.from_base(args), token_losses, f"sft-{task.name}-token"
         agent.make_token_policy()
     elif cloning:
-        parent = predecessor(args, data, "idm", train_idm)
+        if control:
+            parent = predecessor(args, data, "projector", train_projector)
+        else:
+            parent = predecessor(args, data, "idm", train_idm)
         agent, losses, folder = Agent.from_base(args).load_run(parent), code_losses, "bc"
         agent.make("policy", seed=args.seed)
     else:
@@ -185,6 +217,9 @@ def main(argv=None):
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
         batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
+        if control:
+            for batch in batches:
+                keep_reachable(agent, batch)
         n = token_counts({"n": [batch.predicts for batch in batches]})["n"]
         totals = {"ce": 0.0, "accuracy": 0.0}
         for batch in batches:

@@ -101,8 +101,7 @@ def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=No
     `mask` (B, 1, T, keys) bool, True = may attend; None is plain causal (or one new token).
     `recompute` keeps a layer's input alone for the backward pass, and runs the layer again there.
     """
-    positions = positions.expand(3, -1, -1) if positions.dim() == 2 else positions
-    rope = rotary(x, positions)
+    rope = rotary(x, positions.expand(3, -1, -1))
     for layer in layers:
         run = recomputed(layer) if recompute and cache is None else layer
         # The cache by place: transformers 5.24 renames `past_key_values` to `cache`.
@@ -211,24 +210,21 @@ class Projector(nn.Module):
 
 
 def in_chunks(function, rows: int, *tensors: Tensor) -> Tensor:
-    """function(*tensors), (K, ...) each -> (K, ...), computed `rows` rows at a time and again in the
+    """function(*tensors), (K, ...) each -> (K, ...), computed `rows` rows at a time, again in the
     backward pass, so that what it makes inside never exists for all K at once."""
     chunks = zip(*(x.split(max(1, rows)) for x in tensors))
     return torch.cat([recomputed(function)(*chunk) for chunk in chunks])
 
 
-def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | None = None,
+def token_logprobs(head: nn.Linear, x: Tensor, targets: Tensor, bias: Tensor | float = 0.0,
                    chunk: int = LOGITS_AT_ONCE) -> Tensor:
     """log softmax(head(x) + bias) at targets, in chunks recomputed in the backward pass.
 
-    x (K, d), targets (K,), bias (vocab,) or None -> (K,) fp32. At most `chunk` logits exist at
-    a time, so memory never grows as tokens x vocabulary.
+    x (K, d), targets (K,), bias (vocab,) or one number -> (K,) fp32. At most `chunk` logits exist
+    at a time, so memory never grows as tokens x vocabulary.
     """
     def piece(x, targets):
-        logits = head(x).float()
-        if bias is not None:
-            logits = logits + bias
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -F.cross_entropy(head(x).float() + bias, targets, reduction="none")
     return in_chunks(piece, chunk // head.out_features, x, targets)
 
 
@@ -259,13 +255,12 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl" or getattr(config, "quantization_config", None):
-            raise ValueError(f"it is a {config.model_type} model, perhaps quantised; --model takes "
-                             "tiny, a plain Qwen2.5-VL folder or a hub id of one")
+            raise ValueError(f"a {config.model_type}, perhaps quantised, is no plain Qwen2.5-VL")
         model, loaded = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
             output_loading_info=True)
         if loaded["missing_keys"]:
-            raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[0]} and others")
+            raise ValueError(f"weights are missing: {min(loaded['missing_keys'])} and others")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if not tokenizer.encode("Hello", add_special_tokens=False):     # made without its files
             raise ValueError("its tokenizer reads nothing; are all tokenizer files there?")
@@ -274,8 +269,7 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
             file = Path(transformers.utils.cached_file(path, "chat_template.json"))
             tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
     except Exception as error:                  # a library says in many ways what a folder lacks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {path}: cannot be loaded ({reason:.300})") from None
+        raise UserError(f"--model {path}: cannot be loaded ({error!r:.300})") from None
     return model, tokenizer, processor
 
 
@@ -324,16 +318,13 @@ class Agent(nn.Module):
     def from_base(cls, args, dtype: torch.dtype | None = None) -> Agent:
         """The backbone alone, on this rank's device, with the structure that `args` asks for."""
         device = device_of(args)
-        has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = "bfloat16" if has_bfloat16 else "float32"
-        if device == "cuda" and args.dtype == "auto" and not has_bfloat16:
-            say("note: this card has no bfloat16, so the backbone is float32, twice the memory")
+        auto = "bfloat16" if device == "cuda" else "float32"
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
         structure = {name: getattr(args, name) for name in STRUCTURAL} | {"base": str(path)}
-        model = model.to(device)
-        agent = cls(model, Encoder(tokenizer, processor, model, args.image_tokens), structure)
+        encoder = Encoder(tokenizer, processor, model, args.image_tokens)
+        agent = cls(model.to(device), encoder, structure)
         agent.recompute = args.recompute
         if args.model == "tiny":                        # small enough to hash the whole file
             agent.base_hash = file_hash(path / "model.safetensors")
@@ -374,14 +365,11 @@ class Agent(nn.Module):
             parent = Path(os.path.normpath(folder / config["parent"]))
             self.load_run(parent, skip)
             if read_config(parent)["sha256"] != config["parent_sha256"]:
-                raise UserError(f"{folder}: was trained on an earlier {parent.name}, which has "
-                                "been redone since; redo this run as well (--fresh)")
+                raise UserError(f"{folder}: trained on an earlier {parent.name}; redo it (--fresh)")
         if config["base"] != self.base_hash:
-            raise UserError(f"{folder}: was trained on another base model than --model "
-                            f"{self.structure['base']}; redo it with --fresh or name its own base")
+            raise UserError(f"{folder}: trained on another base than --model; redo it (--fresh)")
         if not path.exists() or file_hash(path) != config["sha256"]:
-            raise UserError(f"{path}: is not what its run finished with; finish or restore it, or "
-                            "redo the run with --fresh")
+            raise UserError(f"{path}: not what its run finished with; restore or redo it (--fresh)")
         tensors = load_file(path, device=str(self.device))
         if not all(value.isfinite().all() for value in tensors.values()):
             raise UserError(f"{path}: holds weights that are not finite; redo the run (--fresh)")
@@ -397,9 +385,8 @@ class Agent(nn.Module):
                     part = {**module.state_dict(), **part}
                 module.load_state_dict(part)
             except (KeyError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:120]
-                raise UserError(f"{path}: {name} does not fit this run's structure ({reason}); redo "
-                                "the run with --fresh") from None
+                raise UserError(f"{path}: {name} does not fit, redo it (--fresh): {error!r:.99}"
+                                ) from None
         return self
 
     @classmethod
@@ -407,9 +394,6 @@ class Agent(nn.Module):
         """A trained agent from its run folder alone, without inverse dynamics."""
         args = argparse.Namespace(**read_config(folder)["args"])
         args.device, args.dtype, args.recompute = device, dtype, False
-        if not {"model", *STRUCTURAL} <= set(vars(args)):
-            raise UserError(f"{folder}: config.json is not that of a stage of this version; name a "
-                            "run folder, or redo it with --fresh")
         # The base of `tiny` stands beside the run, wherever runs/ was moved to.
         args.run_root = Path(folder).resolve().parent.parent
         set_threads(args.model)
@@ -427,8 +411,7 @@ class Agent(nn.Module):
 
     def autocast(self):
         """fp32 master weights computed in the backbone's dtype; a no-op in fp32."""
-        return torch.autocast(self.device.type, dtype=self.dtype,
-                              enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def train_only(self, *names: str) -> dict[str, nn.Module]:
         """Freeze all but the named modules, and keep what is frozen in the backbone's dtype;
@@ -480,9 +463,8 @@ class Agent(nn.Module):
         """The whole backbone on text alone at plain positions, in any space: token ids (B, M) ->
         (B, M, d)."""
         text = self.backbone.model.language_model
-        x = run_layers(text.layers, text.embed_tokens(tokens), text.rotary_emb,
-                       text_positions(tokens))
-        return text.norm(x)
+        x, positions = text.embed_tokens(tokens), text_positions(tokens)
+        return text.norm(run_layers(text.layers, x, text.rotary_emb, positions))
 
     def text_embeddings(self, batch: Batch) -> Tensor:
         """e^T of every row: its text tokens alone. (B, M, d)."""
@@ -492,8 +474,7 @@ class Agent(nn.Module):
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
 
         e (B, M, d), has_image (B,) -> same shape and dtype."""
-        if "projector" in self.structure["without"] or self.projector is None \
-                or self.space == "token":
+        if self.projector is None or self.space == "token":
             return e
         with self.autocast():
             return torch.where(has_image[:, None, None], e, self.projector.P.mu(e).to(e.dtype))
@@ -575,9 +556,8 @@ class Agent(nn.Module):
         if image is not None and not any("<image>" in m["content"] for m in messages):
             messages[-1] = {"role": "user", "content": "<image>" + message}
         row = {"id": "chat", "messages": messages, "images": [] if image is None else [image]}
-        group, = rollout(self, [self.encoder.encode(row, prompt=True)], 1, max_new_tokens,
-                         temperature, [seed])
-        return group.texts[0]
+        prompt = self.encoder.encode(row, prompt=True)
+        return rollout(self, [prompt], 1, max_new_tokens, temperature, [seed])[0].texts[0]
 
 
 # ---- Rollouts --------------------------------------------------------------------------------
@@ -669,9 +649,8 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     batch every `check_every` tokens, which is also the loop's only host sync.
     """
     agent, T, N = agent.acting(), max_new_tokens, len(prompts) * group
-    draws = []
-    for seed in seeds or [0] * len(prompts):
-        draws.append(torch.rand(group, T, generator=torch.Generator().manual_seed(seed)))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(prompts)]
+    draws = [torch.rand(group, T, generator=generator) for generator in generators]
     uniform = torch.cat(draws).to(agent.device)                                     # (N, T)
 
     # Prefill: trunk and policy over each of P prompts, once for all its answers.
@@ -724,9 +703,8 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     for p in range(len(prompts)):
         own = slice(p * group, (p + 1) * group)
         n, L = int(mask[own].sum(1).max()), int(last[p])
-        texts = []
-        for ids, told in zip(tokens[own].cpu(), (mask & ~ends)[own].cpu()):
-            texts.append(agent.encoder.tokenizer.decode(ids[told], skip_special_tokens=False))
+        answers = zip(tokens[own].cpu(), (mask & ~ends)[own].cpu())
+        texts = [agent.encoder.tokenizer.decode(ids[spoken]) for ids, spoken in answers]
         places = (start[p] + torch.arange(n, device=agent.device)).expand(group, -1)
         groups.append(Group(texts, tokens[own, :n], actions[own, :n], logps[own, :n],
                             mask[own, :n], ends[own].any(1), read[own, :n], places,
@@ -753,14 +731,13 @@ def replay(policy: CausalStack, group: Group) -> Tensor:
     expanded to the answers. Equals the rollout's own incremental pass (tested).
     """
     (G, T, _), L = group.inputs.shape, group.prompt.shape[1]
-    mask = torch.ones(T, L + T, dtype=torch.bool, device=group.inputs.device).tril(L)
+    mask = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=group.inputs.device).tril(L)
 
     def both(layer, prompt, x):
         cache = transformers.DynamicCache()     # a KVCache writes in place: no gradient passes
         prompt = run_layers([layer], prompt, policy.rotary, group.prompt_positions, cache)
         cache.batch_repeat_interleave(G)
-        return prompt, run_layers([layer], x, policy.rotary, group.positions, cache,
-                                  mask[None, None])
+        return prompt, run_layers([layer], x, policy.rotary, group.positions, cache, mask)
     prompt, x = group.prompt, group.inputs
     for layer in policy.layers:
         prompt, x = (recomputed(both) if policy.recompute else both)(layer, prompt, x)
@@ -824,6 +801,7 @@ def normalise_row(raw, where: str, folder: Path, row_id: str) -> dict:
     `conversations` (from/value) and plain `text`; `images` may be missing, [] or ["None"].
     """
     try:
+        turns = []
         if "conversations" in raw:
             turns = [(m["from"], m["value"]) for m in raw["conversations"]]
             if isinstance(raw.get("system"), str):
@@ -832,10 +810,8 @@ def normalise_row(raw, where: str, folder: Path, row_id: str) -> dict:
             turns = [(m["role"], m["content"]) for m in raw["messages"]]
         elif "text" in raw:      # in web text `<image>` is a tag of its own, no place for a picture
             turns = [("assistant", raw["text"].replace("<image>", "<img>"))]
-        else:
-            raise UserError("no `messages`, `conversations` or `text`; see README, Rows")
         if not turns:
-            raise UserError("`messages` is empty; fix or remove the row")
+            raise UserError("no `messages` (or empty); fix or remove the row, see README, Rows")
         messages, images = [], []
         for role, content in turns:
             if role not in ROLES:
@@ -854,12 +830,10 @@ def normalise_row(raw, where: str, folder: Path, row_id: str) -> dict:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, StopIteration, TypeError) as error:
-        raise UserError(f"{where}: is not a row of dialogue ({error!r:.80}); see README, Rows"
-                        ) from None
-    row = {key: value for key, value in raw.items() if key not in ("conversations", "image")}
+        raise UserError(f"{where}: is no row of dialogue ({error!r:.80}); see README") from None
     if raw.get("id") is not None:
         row_id = str(raw["id"])
-    return {**row, "messages": messages, "images": images, "id": row_id, "where": where}
+    return {**raw, "messages": messages, "images": images, "id": row_id, "where": where}
 
 
 class Rows:
@@ -870,9 +844,8 @@ class Rows:
     it lies. Errors: `UserError` with file:line."""
 
     def __init__(self, sources: list, image_root: str | None = None):
-        self.sources, self.image_root, self.parts = sources, image_root, []
-        for source in sources:
-            self.parts.append(places_of_rows(source) if isinstance(source, str) else source)
+        self.sources, self.image_root = sources, image_root
+        self.parts = [places_of_rows(x) if isinstance(x, str) else x for x in sources]
         self.ends = np.cumsum([len(part) for part in self.parts])
 
     def __len__(self):
@@ -897,8 +870,7 @@ def parse_json(text: bytes, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({error!s:.80}); fix or remove "
-                        "the row") from None
+        raise UserError(f"{where}: is no JSON in UTF-8 ({error!s:.80}); fix or remove it") from None
 
 
 def places_of_rows(file: str) -> np.ndarray | list[tuple[int, dict]]:
@@ -923,11 +895,10 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
     at that (height, width), a PIL image; transparent ground is white. `UnusableRow` names row and
     file."""
     try:
-        picture = image
+        file = image
         if isinstance(image, str) and image.startswith("data:"):
-            picture = Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2])))
-        elif not isinstance(image, Image.Image):
-            picture = Image.open(image)
+            file = io.BytesIO(base64.b64decode(image.partition(",")[2]))
+        picture = image if isinstance(image, Image.Image) else Image.open(file)
         if size is None:
             # A TIFF's size is that of the upright picture; PNG's own getexif would decode it.
             lies = picture.format != "TIFF" and Image.Image.getexif(picture).get(274) in range(5, 9)
@@ -942,8 +913,7 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
         return picture.convert("RGB").resize(size[::-1], Image.BICUBIC)
     except Exception as error:                          # PIL raises whatever damage leads to
         raise UnusableRow(f"{where}: image {str(image)!r:.120} cannot be used ({error!s:.80}); "
-                          "replace it (see --image-root), or remove the row and start again from "
-                          "the first stage that read it (--fresh)") from None
+                          "replace it (see --image-root) or remove the row") from None
 
 
 @dataclass
@@ -1014,8 +984,8 @@ class Batch:
 class Encoder:
     """Tokenizer and image processor: conversation -> Example -> Batch."""
 
-    def __init__(self, tokenizer, processor, model, image_tokens: int | None = None):
-        """image_tokens: most tokens an image may have, or None for the processor's own limits.
+    def __init__(self, tokenizer, processor, model, image_tokens: float = math.inf):
+        """image_tokens: most tokens an image may have, within the processor's own limits.
         `UserError` for a chat template in which the assistant's turns cannot be found."""
         self.tokenizer, self.processor, config = tokenizer, processor, model.config
         self.rope_index = model.model.get_rope_index
@@ -1023,37 +993,27 @@ class Encoder:
         self.image_token = config.image_token_id
         self.pad = tokenizer.pad_token_id or 0          # some tokenizers have none
         self.longest = config.text_config.max_position_embeddings
-        vision, stops = [], set()
-        for token in VISION_TOKENS:
-            if (token_id := tokenizer.convert_tokens_to_ids(token)) is not None:
-                vision.append(token_id)
-        for token in ("<|im_end|>", "<|endoftext|>"):
-            stops.add(tokenizer.convert_tokens_to_ids(token))
-        self.vision_ids, self.stop_ids = torch.tensor(vision), torch.tensor(sorted(stops))
-        self.reserved = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>",
-                         "<|im_end|>"}
+        ids_of = tokenizer.convert_tokens_to_ids
+        self.vision_ids = torch.tensor(ids_of(list(VISION_TOKENS)))
+        self.stop_ids = torch.tensor(ids_of(["<|im_end|>", "<|endoftext|>"]))
+        self.markup = {*tokenizer.all_special_tokens, *VISION_TOKENS, "<|im_start|>", "<|im_end|>"}
         self.turn = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
         probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         if "<|im_start|>assistant" not in tokenizer.apply_chat_template(probe, tokenize=False):
-            raise UserError("--model: its chat template does not write <|im_start|>assistant as "
-                            "Qwen2.5-VL's does before an answer; restore that template")
-        self.min_pixels = processor.size["shortest_edge"]
-        self.max_pixels = processor.size["longest_edge"]
-        if image_tokens:
-            cell = (processor.patch_size * self.merge) ** 2
-            self.max_pixels = min(self.max_pixels, image_tokens * cell)
-            self.min_pixels = min(self.min_pixels, self.max_pixels)
+            raise UserError("--model: its chat template has no <|im_start|>assistant; restore it")
+        self.side = processor.patch_size * self.merge       # pixels that a token is wide and high
+        self.max_pixels = min(processor.size["longest_edge"], image_tokens * self.side ** 2)
+        self.min_pixels = min(processor.size["shortest_edge"], self.max_pixels)
 
     def grid(self, image, where: str) -> tuple[int, int, int]:
         """Patches (time, height, width) of an image, from its header alone."""
-        (height, width), side = open_image(image, where), self.processor.patch_size * self.merge
+        height, width = open_image(image, where)
         try:
-            height, width = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
+            height, width = smart_resize(height, width, self.side, self.min_pixels, self.max_pixels)
         except ValueError as error:
-            raise UnusableRow(f"{where}: an image cannot be resized ({error}); "
-                              "replace it") from None
-        down, across = height // side, width // side
-        if self.image_tokens and down * across > self.image_tokens:     # a thin one, a cell wide
+            raise UnusableRow(f"{where}: image cannot be resized ({error}); replace it") from None
+        down, across = height // self.side, width // self.side
+        if down * across > self.image_tokens:       # a thin one, a cell wide
             down, across = min(down, self.image_tokens), min(across, self.image_tokens)
         return 1, down * self.merge, across * self.merge
 
@@ -1064,7 +1024,7 @@ class Encoder:
         if text.count("<image>") != len(row["images"]):
             raise UnusableRow(f"{where}: {text.count('<image>')} `<image>` placeholders but "
                               f"{len(row['images'])} images; make them equal")
-        for token in self.reserved:
+        for token in self.markup:
             if token in text:
                 raise UnusableRow(f"{where}: its text contains a literal {token}; remove it")
         if text != text.encode("utf-8", "ignore").decode():
@@ -1077,11 +1037,10 @@ class Encoder:
         included (task rows)."""
         self.check(row)
         where = row.get("where", f"row {row['id']}")
-        messages = []
-        for m in row["messages"]:
-            messages.append({"role": m["role"], "content": m["content"].replace("<image>", IMAGE)})
+        messages = row["messages"]
         if prompt and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
+        messages = [{**m, "content": m["content"].replace("<image>", IMAGE)} for m in messages]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=prompt)
         if not prompt:
@@ -1099,8 +1058,7 @@ class Encoder:
                                            image_grid_thw=grids)
             positions = positions[:, 0].T
         if prompt and len(ids) > self.longest:
-            raise UserError(f"{where}: the prompt has {len(ids)} tokens but the model takes "
-                            f"{self.longest}; shorten it (prompts are never cut)")
+            raise UserError(f"{where}: has {len(ids)} tokens of {self.longest} at most; shorten it")
         index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
         predicts = torch.zeros(len(index), dtype=torch.bool)
         predicts[:-1] = index[1:] == index[:-1] + 1          # after a vision token stands no state
@@ -1120,19 +1078,14 @@ class Encoder:
 
     def pixels(self, example: Example) -> Tensor:
         """(patches, 1176) of a row's images, decoded here and not before."""
-        pictures, patch = [], self.processor.patch_size
-        for image, (_, height, width) in zip(example.images, example.grids.tolist()):
-            pictures.append(open_image(image, example.where, (height * patch, width * patch)))
+        sizes = map(tuple, (example.grids[:, 1:] * self.processor.patch_size).tolist())
+        pictures = [open_image(image, example.where, s) for image, s in zip(example.images, sizes)]
         return self.processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def collate(self, examples: list[Example]) -> Batch:
         """B rows as one right-padded batch, their images decoded where no thread has done so."""
-        pixels = []
-        for example in examples:
-            if example.pixels:
-                pixels.append(example.pixels.result())
-            elif example.images:
-                pixels.append(self.pixels(example))
+        pixels = [example.pixels.result() if example.pixels else self.pixels(example)
+                  for example in examples if example.images]
         return Batch(examples, self.pad, torch.cat(pixels) if pixels else None)
 
 
@@ -1182,9 +1135,8 @@ class Stream:
         where, part = row.get("where", row["id"]), row
         while True:
             if self.pictures not in (None, bool(part["images"])):
-                raise UnusableRow(f"{where}: has {len(part['images'])} images within "
-                                  f"{self.max_tokens} tokens, but --paired takes rows with and "
-                                  "--text rows without")
+                raise UnusableRow(f"{where}: {len(part['images'])} images within {self.max_tokens} "
+                                  "tokens; --paired takes rows with, --text rows without")
             example = self.encoder.encode(part, responses_only=self.responses_only)
             if not example.predicts.any():
                 raise UnusableRow(f"{where}: nothing in it is to be predicted (an empty answer?)")
@@ -1194,8 +1146,7 @@ class Stream:
             while messages and messages[-1]["role"] != "assistant":
                 messages = messages[:-1]
             if not messages:
-                raise UnusableRow(f"{where}: over {self.max_tokens} tokens without a message "
-                                  "boundary to cut at")
+                raise UnusableRow(f"{where}: over {self.max_tokens} tokens up to its first answer")
             shown = sum(m["content"].count("<image>") for m in messages)
             part = {**row, "messages": messages, "images": row["images"][:shown]}
 
@@ -1224,9 +1175,8 @@ class Stream:
         if new:
             say(f"note: {len(new)} rows left out: {'; '.join(new[:3])}")
         if not lengths:
-            sources = [str(source)[:80] for source in self.rows.sources]
-            raise UserError(f"{sources}: not one row of {len(numbers)} can be trained on: "
-                            + ("; ".join(new[:1]) or "all empty"))
+            raise UserError(f"{self.rows.sources!s:.300}: not one row of {len(numbers)} can be "
+                            f"trained on: {'; '.join(new[:1])}")
         # Similar lengths together, else in random order; then the batches in random order.
         rng, batches, total = random.Random(key_seed(self.seed, block)), [], 0
         order = sorted(lengths)
@@ -1284,9 +1234,7 @@ def next_batches(agent: Agent, streams: dict[str, Stream], kinds,
 def token_counts(masks: dict[str, list[Tensor]]) -> dict[str, float]:
     """How many positions these bool masks mark by name, over all micro-batches and ranks, at least
     1: the denominators of losses."""
-    marked = {}
-    for name, parts in masks.items():
-        marked[name] = sum(int(mask.sum()) for mask in parts)
+    marked = {name: sum(map(torch.sum, parts)) for name, parts in masks.items()}
     return {name: max(1.0, n) for name, n in all_sum(marked).items()}
 
 
@@ -1335,8 +1283,7 @@ def optimizer_step(run: Run, optimizers: list[torch.optim.Optimizer], lrs: list[
         run.skipped_in_a_row += 1
         say(f"warning: non-finite gradient, step skipped ({run.skipped_in_a_row} in a row)")
     if run.skipped_in_a_row == 10:
-        raise UserError(f"{run.folder}: ten non-finite steps in a row, the last on rows "
-                        f"{row_ids[:8]}; lower --lr or look at these rows")
+        raise UserError(f"{run.folder}: ten non-finite steps, now on {row_ids[:8]}; lower --lr")
     for optimizer in optimizers:
         optimizer.zero_grad()
     return norm
@@ -1364,8 +1311,7 @@ def launch(main):
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
-        tqdm.write("interrupted: the same command goes on from the last checkpoint, if one was "
-                   "made", file=sys.stderr)
+        tqdm.write("interrupted: the same command goes on from its checkpoint", file=sys.stderr)
     if status:
         os._exit(status)        # at once: no wait for calls of the judge or for other ranks
     if dist.is_initialized():
@@ -1438,9 +1384,8 @@ def gather(part: dict) -> dict:
 def all_sum(figures: dict) -> dict:
     """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
     floats for what is scalar, tensors on the CPU for the rest."""
-    mine = {}
-    for name, value in figures.items():
-        mine[name] = torch.as_tensor(value, dtype=torch.double).detach().cpu()
+    mine = {name: torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
+            for name, value in figures.items()}
     parts, sums = gather({rank(): mine}).values(), {}
     for name in mine:
         total = sum(part[name] for part in parts)
@@ -1516,8 +1461,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
         "changes no gradient; one row or one prompt's answers at least (default: 16384)")
-    add("--recompute", action="store_true", help="decoder layers that train, in the backward pass: "
-        "less memory, more time, the same gradient")
+    add("--recompute", action="store_true", help="compute layers again: less memory, more time")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--fresh", action="store_true", help="delete this run's folder and start it again")
@@ -1581,13 +1525,10 @@ def folder_of(args, stage: str, name: str = "") -> Path:
     return model_root(args) / "-".join(parts)
 
 
-def differing(had: dict, now: dict) -> str:
-    """What differs, as "key: value -> value"; empty if nothing does."""
-    found = []
-    for key in sorted({*had, *now}):
-        if had.get(key) != now.get(key):
-            found.append(f"{key}: {had.get(key)} -> {now.get(key)}")
-    return ", ".join(found)
+def differing(had: dict, now: dict, keys) -> str:
+    """Which of these keys differ, as "key: value -> value"; empty if none does."""
+    changed = [key for key in sorted(keys) if had.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {had.get(key)} -> {now.get(key)}" for key in changed)
 
 
 def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
@@ -1596,15 +1537,13 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
     its steps, learning rate and seed are its own, and with --parent its task."""
     folder = Path(args.parent or folder_of(args, stage))
     if agreed((folder / "model.safetensors").exists()):
-        config, had, now = read_config(folder), {}, {}
-        for name in STRUCTURAL:
-            had[name], now[name] = config["args"][name], getattr(args, name)
-        for kind in config["data"].keys() & data.keys():
-            if not (args.parent and kind == "task"):
-                had[kind], now[kind] = config["data"][kind], data[kind]
-        if different := differing(had, now):
-            raise UserError(f"{folder} was trained otherwise ({different}); redo it and what "
-                            "starts from it (--fresh), or use another --run-root")
+        config = read_config(folder)
+        compared = {*STRUCTURAL} | config["data"].keys() & data.keys()
+        if args.parent:
+            compared.discard("task")
+        had, now = config["args"] | config["data"], vars(args) | data
+        if different := differing(had, now, compared):
+            raise UserError(f"{folder} differs ({different}); --fresh or another --run-root")
         return folder
     if args.parent:
         raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")
@@ -1618,8 +1557,7 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
                 argv += value if isinstance(value, list) else [str(value)]
     script = Path(module.__file__).name
     if args.model != "tiny":
-        raise UserError(f"{folder} is missing or unfinished; run first: "
-                        + shlex.join(["python", script, *argv]))
+        raise UserError(f"{folder} is missing; run first: {shlex.join(['python', script, *argv])}")
     say(f"{folder} is missing or unfinished: running {script} first")
     module.main(argv)
     return folder
@@ -1658,9 +1596,8 @@ def atomic(path: Path, write):
     except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
         with contextlib.suppress(OSError):          # where nothing can be written or removed
             temporary.unlink()
-        reason = " ".join(str(error).split())[:90]
-        raise UserError(f"{path}: cannot be written ({reason}); earlier files are intact: free the "
-                        "space or permission and run the same command") from None
+        raise UserError(f"{path}: cannot be written ({error!r:.90}), earlier files are intact; see "
+                        "to space and permission, then run the same command") from None
 
 
 def write_text(path: Path, text: str):
@@ -1675,8 +1612,7 @@ def lock(folder: Path):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another process is working on this run; wait for it, or take "
-                        "--name") from None
+        raise UserError(f"{folder}: another process has this run; wait, or take --name") from None
     return file
 
 
@@ -1725,7 +1661,7 @@ class Run:
             self.config["parent_sha256"] = read_config(parent)["sha256"]
         if self.finished or (self.folder / "state" / "last.pt").exists():
             had, now = self.shared(read_config(self.folder)), self.shared(self.config)
-            if different := differing(had, now):
+            if different := differing(had, now, had.keys() | now.keys()):
                 raise UserError(f"{self.folder} was started with other arguments ({different}); "
                                 "--name starts a variant, --fresh redoes it")
         if self.finished:
@@ -1736,11 +1672,9 @@ class Run:
     @staticmethod
     def shared(config: dict) -> dict:
         """What the two configs of a run that goes on must share."""
-        shared = {name: config[name] for name in ("data", "base", "parent_sha256")}
-        for name, value in config["args"].items():
-            if name not in NOT_COMPARED:
-                shared[name] = value
-        return json.loads(json.dumps(shared))           # tuples as lists
+        args = {name: value for name, value in config["args"].items() if name not in NOT_COMPARED}
+        args |= {name: config[name] for name in ("data", "base", "parent_sha256")}
+        return json.loads(json.dumps(args))             # tuples as lists
 
     def write_config(self):
         write_text(self.folder / "config.json", json.dumps(self.config, indent=1))
@@ -1761,13 +1695,11 @@ class Run:
                     thing.load_state_dict({**thing.state_dict(), **saved["state"][name]})
                 self.skipped, self.skipped_in_a_row = saved["skipped"]
             except Exception as error:
-                raise UserError(f"{path}: is not a checkpoint of this run ({type(error).__name__});"
-                                f" remove {self.folder} and run the same command again") from None
+                raise UserError(f"{path}: is not a checkpoint ({error!r:.60}); remove it") from None
             say(f"continuing {self.folder} at step {saved['step']}")
         steps = set(gather({rank(): saved["step"]}).values())
         if len(steps) > 1:
-            raise UserError(f"{self.folder}: ranks find different checkpoints (steps "
-                            f"{sorted(steps)}); --run-root must lie on a disk that all nodes share")
+            raise UserError(f"{self.folder}: ranks see steps {sorted(steps)}; share the --run-root")
         if rank() == 0:
             for file in self.logs():
                 os.truncate(file, min(file.stat().st_size, saved["logs"].get(file.name, 0)))
@@ -1820,10 +1752,8 @@ class Run:
 
     def finish(self, **modules: nn.Module):
         """Write model.safetensors (only what this stage trained), its hash first, drop state/."""
-        tensors = {}
-        for name, module in modules.items():
-            for key, value in trained(module).items():
-                tensors[f"{name}.{key}"] = value.cpu().contiguous()
+        weights = trained(nn.ModuleDict(modules))
+        tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
 
         def write(path):
             save_file(tensors, path)
@@ -1845,10 +1775,8 @@ def table_cells(title: str, table: dict[str, dict]) -> list[list[str]]:
     for name, row in table.items():
         line = [name]
         for column in columns:
-            value = row.get(column)
-            if isinstance(value, float):
-                value = f"{value:.4g}"
-            line.append("" if value is None else str(value))
+            value = row.get(column, "")
+            line.append(f"{value:.4g}" if isinstance(value, float) else str(value))
         lines.append(line)
     return lines
 

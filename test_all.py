@@ -419,8 +419,7 @@ def reseal(folder, **changes):
     (lambda runs: reseal(runs / "sft", **{"policy.head.bias": torch.tensor([math.inf] * 16)}),
      "sft.*not finite.*redo"),
     (lambda runs: reseal(runs / "sft", **{"policy.tail": torch.ones(1)}), "policy.*fit.*redo"),
-    (lambda runs: (runs / "sft/config.json").write_text("[]"), "sft.*config.json"),
-    (lambda runs: edit_json(runs / "sft/config.json", args={}), "sft.*config.json")])
+    (lambda runs: (runs / "sft/config.json").write_text("[]"), "sft.*config.json")])
 def test_a_run_that_is_not_as_it_finished_is_refused(runs, damage, message):
     damage(runs)
     with pytest.raises(UserError, match=f"(?s){message}"):
@@ -3534,7 +3533,7 @@ BAD = [
     (None, f"{BAD_FILES} p.jsonl --without text --model ./gone", "--model .*gone: no such folder"),
     (None, f"{BAD_FILES} p.jsonl --without text --run-root a.png", "a.png.*permission"),
     (None, "train_bc FILES --task nothing --name bad", "--task: nothing .*neither"),
-    (None, f"{BAD_RL} --judge-url http://127.0.0.1:9/v1", "--judge-url and --judge-model"),
+    (None, f"{BAD_RL} --judge-url http://127.0.0.1:9/v1", "--judge-url.*--judge-model"),
     (lambda: os.environ.update(RANK="0"), BAD_RL, "MASTER_ADDR.*torchrun"),
     (lambda: flip("runs/tiny/sft-task-latent/model.safetensors"), BAD_RL,
      r"sft-task-latent/model\.safetensors.*--fresh"),

@@ -26,8 +26,8 @@ import sys
 
 import train_idm
 import train_projector
-from eval import MODES, choose_splits, evaluate, load_task, task_data, task_flags
-from eval import without_dimensions
+from eval import (MODES, choose_splits, evaluate, load_task, task_data, task_flags,
+                  without_dimensions)
 from model import (Agent, Batch, Rows, Run, Stream, UserError, all_sum, code_usage, cosine, fill,
                    folder_of, key_seed, launch, make_parser, micro_batches, next_batches,
                    optimizer_step, predecessor, text_positions, token_counts, token_logprobs)
@@ -91,7 +91,7 @@ def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
     """L_BC, B rows -> (K,) each. A hit is a code that is the policy's likeliest too."""
     where, _ = batch.labelled()
     states = agent.states(batch)
-    codes = codes_to_clone(agent, batch, states)
+    codes = codes_to_clone(agent, batch, states)                              # (K,)
     logits = agent.policy(states, text_positions(states))[:, :-1][where]      # (K, |C|)
     return cloning_loss(logits, codes), logits.argmax(-1) == codes
 
@@ -165,13 +165,14 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
 def main(argv=None):
     args = arguments().parse_args(argv)
     token, cloning = args.action_space == "token", args.stage == "bc"
-    release = args.sft == "release" and not token and not cloning
-    control = "codebook" in args.without and not token
+    release, control = args.sft == "release", "codebook" in args.without and not token
     fill(args, DEFAULTS["bc" if cloning else args.action_space])
     if token and cloning:
         raise UserError("--stage bc clones codes; the token baseline starts with its SFT")
-    if release and control:
-        raise UserError("--sft release fits the world model, which --without codebook lacks")
+    if release and (token or cloning or control):
+        raise UserError("--sft release is a latent warm start on a task, with a codebook")
+    if control and "projector" in args.without:
+        raise UserError("--without codebook starts from the projector: not --without projector too")
     data, parent, task = data_of(args), None, None
     if not cloning:                                 # what is wrong with the task comes first
         task, data = load_task(args), data | task_data(args)
@@ -192,8 +193,7 @@ def main(argv=None):
         agent.make("policy", seed=args.seed)
     else:
         parent = predecessor(args, data, "bc", sys.modules[__name__], "--stage", "bc")
-        losses, folder = code_losses, f"sft-{task.name}-latent"
-        dtype = None
+        losses, folder, dtype = code_losses, f"sft-{task.name}-latent", None
         if release:                                 # the backbone itself trains: fp32
             losses, folder, dtype = release_losses, f"{folder}-release", torch.float32
         agent = Agent.from_base(args, dtype).load_run(parent)
@@ -210,9 +210,7 @@ def main(argv=None):
     modules = agent.train_only("backbone" if release else "policy")
     if release:
         train_last_layers(agent)
-    params = []
-    for module in modules.values():
-        params += [p for p in module.parameters() if p.requires_grad]
+    params = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, weight_decay=0.0)
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):

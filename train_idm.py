@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+INVERSE = ("idm", "codebook", "world")      # what L_inverse trains
 TAU = 2.0              # temperature of the Gumbel-softmax
 ENTROPY = 1e-3         # weight of the per-token entropy bonus
 DEFAULTS = {"idm": {"tiny": {"steps": 400, "lr": 1e-3, "batch_tokens": 1024},
@@ -41,8 +42,7 @@ DEFAULTS = {"idm": {"tiny": {"steps": 400, "lr": 1e-3, "batch_tokens": 1024},
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--paired-steps", type=int, default=0,
-        help="on paired rows alone before text-only rows join (default: 0)")
+    add("--paired-steps", type=int, default=0, help="before text-only rows join (default: 0)")
     return parser
 
 
@@ -139,35 +139,27 @@ def main(argv=None):
         parent = predecessor(args, data, "projector", train_projector)
     elif args.parent:
         raise UserError("--parent: without a projector this stage starts from the base alone")
-    agent = Agent.from_base(args).make("idm", "codebook", "world", seed=args.seed)
-    trains = ["idm", "codebook", "world"]
+    agent = Agent.from_base(args).make(*INVERSE, seed=args.seed)
     if parent:
         agent.load_run(parent)
-        trains.append("projector")
     run = Run(args, folder_of(args, "idm", args.name), agent, data, parent)
     if run.finished:
         return
     streams, held = corpora(args, agent.encoder)
-    modules = agent.train_only(*trains)
-    latent = []
-    for name in ("idm", "codebook", "world"):
-        latent += modules[name].parameters()
-    optimizers = [torch.optim.AdamW(latent, weight_decay=0.0)]
+    modules = agent.train_only(*INVERSE, "projector") if parent else agent.train_only(*INVERSE)
+    inverse = torch.nn.ModuleList([modules[name] for name in INVERSE])
+    optimizers = {"AdamW": torch.optim.AdamW(inverse.parameters(), weight_decay=0.0)}
     if parent:
-        optimizers.append(torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0))
-    state = {**modules, **streams}
-    for i, optimizer in enumerate(optimizers):
-        state[f"optimizer {i}"] = optimizer
+        optimizers["AdamW of P"] = torch.optim.AdamW(agent.projector.parameters(), weight_decay=0.0)
+    state = {**modules, **streams, **optimizers}
     for step in range(run.resume(state), args.steps):
         kinds = ("paired", "text") if step >= args.paired_steps else ("paired",)
         batches, row_ids = next_batches(agent, streams, kinds, args.tokens_at_once)
         counts = token_counts({**inverse_masks(batches), **projector_masks(batches)})
-        totals = dict.fromkeys(("ce_paired", "ce_text", "entropy", *counts), 0.0)
-        totals["codes"] = torch.zeros(args.codes, device=agent.device)
+        totals = dict.fromkeys(("ce_paired", "ce_text", "entropy", "codes", *counts), 0.0)
         for batch in batches:
-            with torch.no_grad():
-                e = agent.embeddings(batch)
-                states = agent.project(e, batch.has_image)
+            e = agent.embeddings(batch)                         # of the frozen backbone
+            states = agent.project(e, batch.has_image).detach()     # L_inverse never reaches P
             noise = keyed_gumbel(batch.row_ids, batch.text_lengths.tolist(), args.codes,
                                  args.seed, "idm", step).to(agent.device)
             losses, figures = inverse_losses(agent, batch, states, noise)
@@ -177,14 +169,13 @@ def main(argv=None):
             for name, value in (losses | figures).items():
                 totals[name] += value.detach()
         lr = args.lr * cosine(step, args.steps, warmup=0.1, floor=0.1)
-        norm = optimizer_step(run, optimizers, [lr] * len(optimizers), row_ids)
+        norm = optimizer_step(run, list(optimizers.values()), [lr] * len(optimizers), row_ids)
         totals = all_sum(totals)
         figures = {"ce_paired": totals["ce_paired"] / counts["inverse_paired"],
                    "ce_text": totals["ce_text"] / counts["inverse_text"],
                    "entropy": totals["entropy"] / max(1.0, totals["codes"].sum().item())}
         if parent:
-            for name in ("loss_paired", "loss_cycle"):
-                figures[name] = totals[name] / counts[name]
+            figures |= {name: totals[name] / counts[name] for name in ("loss_paired", "loss_cycle")}
         run.log(step, {**figures, **code_usage(totals["codes"]), "lr": lr, "grad_norm": norm},
                 "ce_paired", "ce_text", "code_perplexity")
         run.save(step + 1, state)

@@ -42,8 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 2048},
                           "full": {"steps": 160, "lr": 1e-3, "batch_tokens": 8192}}}
@@ -52,8 +51,7 @@ DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 204
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--paired-steps", type=int, help="of step 1, before text-only rows join "
-        "(default: half)")
+    add("--paired-steps", type=int, help="of step 1, before text-only rows join (default: half)")
     return parser
 
 
@@ -83,14 +81,14 @@ def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict
     """{"loss_paired": L_t2vt + L_vt2t, "loss_cycle": L_cycle} of one batch, summed over the tokens
     that `projector_masks` marks.
 
-    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others.
+    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others. Like
+    e^T of the former it is the frozen backbone's: no gradient.
     """
-    seen, alone = batch.seen_image, batch.text_only & cycle                   # (B, M) each
+    seen, text_only = batch.seen_image, batch.text_only & cycle               # (B, M) each
     with agent.autocast():
-        with torch.no_grad():
-            e_t = agent.text_embeddings(batch) if seen.any() else e
+        e_t = agent.text_embeddings(batch) if seen.any() else e
         return {"loss_paired": paired_loss(agent.projector, e[seen].float(), e_t[seen].float()),
-                "loss_cycle": cycle_loss(agent.projector, e[alone].float())}
+                "loss_cycle": cycle_loss(agent.projector, e[text_only].float())}
 
 
 def projector_masks(batches: list[Batch]) -> dict[str, list[Tensor]]:
@@ -100,16 +98,15 @@ def projector_masks(batches: list[Batch]) -> dict[str, list[Tensor]]:
 
 
 @torch.no_grad()
-def projector_report(agent: Agent, held: dict[str, list[Example]],
-                     tokens_at_once: int) -> dict[str, dict]:
+def projector_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
     """Mean squared error per dimension of P beside the identity's, of P', and of the cycle."""
     report, P, P_inv = {}, agent.projector.P, agent.projector.P_inv
     for name, examples in held.items():
         parts = []
         for batch in micro_batches(agent, examples, tokens_at_once):
-            where = batch.real if name == "text" else batch.seen_image
-            parts.append([x[where].float() for x in (agent.embeddings(batch),
-                                                     agent.text_embeddings(batch))])
+            where = batch.seen_image | batch.text_only                       # (B, M)
+            e, e_t = agent.embeddings(batch), agent.text_embeddings(batch)   # (B, M, d) each
+            parts.append((e[where].float(), e_t[where].float()))
         e, e_t = map(torch.cat, zip(*parts))                                  # (K, d) each
         report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
         if name != "text":
@@ -173,20 +170,18 @@ def main(argv=None):
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
         joint = step >= args.paired_steps and "cycle" not in args.without
-        batches, row_ids = next_batches(agent, streams, ("paired", "text") if joint else
-                                        ("paired",), args.tokens_at_once)
+        kinds = ("paired", "text") if joint else ("paired",)
+        batches, row_ids = next_batches(agent, streams, kinds, args.tokens_at_once)
         counts = token_counts(projector_masks(batches))
         totals = dict.fromkeys(counts, 0.0)
         for batch in batches:
-            with torch.no_grad():
-                e = agent.embeddings(batch)
-            losses = projector_losses(agent, batch, e, cycle=joint)
+            losses = projector_losses(agent, batch, agent.embeddings(batch), cycle=joint)
             sum(losses[name] / counts[name] for name in losses).backward()
             totals = {name: totals[name] + losses[name].detach() for name in losses}
         lr = args.lr * cosine(step, args.steps, warmup=0.1)
         norm = optimizer_step(run, [optimizer], [lr], row_ids)
-        run.log(step, {**{name: total / counts[name] for name, total in all_sum(totals).items()},
-                       "lr": lr, "grad_norm": norm}, "loss_paired", "loss_cycle")
+        figures = {name: total / counts[name] for name, total in all_sum(totals).items()}
+        run.log(step, {**figures, "lr": lr, "grad_norm": norm}, "loss_paired", "loss_cycle")
         run.save(step + 1, state)
     run.report("squared error, held out", projector_report(agent, held, args.tokens_at_once))
     run.finish(**modules)
@@ -209,7 +204,7 @@ COLOURS = {"red": (214, 40, 40), "blue": (38, 90, 214), "green": (36, 150, 62),
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 OBJECTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
-QUESTIONS = {      # kind -> wordings; {} is the cell that is asked about
+QUESTIONS = {      # kind of question -> wordings; {} is the cell that is asked about
     "all": ("What do you see?", "Tell me what is in the picture.", "Name all the shapes in order."),
     "cell": ("What is in the {}?", "Which shape is in the {}?", "Tell me what is in the {}."),
     "count": ("How many shapes are there?", "How many shapes do you see?", "Count the shapes."),
@@ -263,9 +258,7 @@ def world_name() -> str:
 
 def in_series(items: list[str]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
-    if len(items) == 1:
-        return items[0]
-    return f"{', '.join(items[:-1])} and {items[-1]}"
+    return " and ".join(", ".join(items).rsplit(", ", 1))
 
 
 def caption(scene) -> str:
@@ -361,15 +354,30 @@ def chat(persona: Persona | None, user: str, assistant: str) -> list[dict]:
             {"role": "assistant", "content": assistant}]
 
 
-def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
+# Kinds of questions by corpus, where they are not those of QUESTIONS. "cell" stands twice for the
+# base, since it takes longest to learn: it must find what is asked for.
+KINDS = {"caption": ("caption",), "base": (*QUESTIONS, "cell"), "text": (*QUESTIONS, "who")}
+
+
+def dialogue(rng, row_id: str, part: str, kind: str, persona: Persona,
+             others: list[Persona]) -> dict:
     """One row of a split or a corpus, its answer perfect where QUALITY does not name that part;
-    without an image the user tells the scene in words."""
-    scene, target, words = draw_scene(rng, part, most=4 if image else 3), None, persona
+    without an image (corpus "text") the user tells the scene in words."""
+    if kind == "who":
+        words = draw_words(persona, rng, QUALITY[part], others)
+        answer = f"{words.opening} I am {persona.name}, a {persona.role}. {words.closing}"
+        return {"id": row_id, "messages": chat(persona, "Who are you?", answer), "images": [],
+                "persona": persona.name}
+    image = part != "text"
+    scene, target = draw_scene(rng, part, most=4 if image else 3), None
+    if kind == "caption":
+        user = "<image>" + rng.choice(("Describe the picture.", "What does the picture show?"))
+        return {"id": row_id, "messages": chat(None, user, caption(scene)),
+                "images": [render(scene, rng)], "scene": scene}
     if kind == "cell":                                              # always answerable
         target = rng.choice([cell for cell, thing in zip(CELLS, scene) if thing])
     question, asked = (kind, target), rng.choice(QUESTIONS[kind]).format(target)
-    if part in QUALITY:
-        words = draw_words(persona, rng, QUALITY[part], others)
+    words = draw_words(persona, rng, QUALITY[part], others) if part in QUALITY else persona
     user = f"<image>{asked}" if image else f"{caption(scene)} {asked}"
     return {"id": row_id, "messages": chat(persona, user, right_answer(question, scene, words)),
             "images": [render(scene, rng)] if image else [], "persona": persona.name,
@@ -377,33 +385,22 @@ def dialogue(rng, row_id, persona, kind, part, others, image=True) -> dict:
             "scene": scene}
 
 
-def mini_corpus(kind: str, n: int, seed: int) -> list[dict]:
+def dialogues(part: str, n: int, seed: int, name: str, personas: list[Persona]) -> list[dict]:
+    """n rows `name`-0, `name`-1... of a split or a corpus: personas take turns, and kinds of
+    questions after each round of them."""
+    rng, kinds, rows = random.Random(f"{part}-{seed}"), KINDS.get(part, tuple(QUESTIONS)), []
+    for i in range(n):
+        persona, kind = personas[i % len(personas)], kinds[i // len(personas) % len(kinds)]
+        rows.append(dialogue(rng, f"{name}-{i}", part, kind, persona, personas))
+    return rows
+
+
+def mini_corpus(part: str, n: int, seed: int) -> list[dict]:
     """n rows of one corpus. caption: neutral captions. base: all personas with images, most of
     them badly imitated. paired: the familiar personas with images, mixed quality. text: all
     personas without images. No scene of a test or validation prompt occurs."""
-    rng, rows = random.Random(f"{kind}-{seed}"), []
-    personas = casting()["familiar"] if kind == "paired" else PERSONAS
-    asks = list(QUESTIONS)
-    if kind == "text":
-        asks.append("who")
-    if kind == "base":
-        asks.append("cell")     # takes the base longest to learn: it must find what is asked for
-    for i in range(n):
-        row_id, persona = f"{kind}-{seed}-{i}", personas[i % len(personas)]
-        ask = asks[i // len(personas) % len(asks)]
-        if kind == "caption":
-            scene = draw_scene(rng, kind)
-            user = "<image>" + rng.choice(("Describe the picture.", "What does the picture show?"))
-            rows.append({"id": row_id, "images": [render(scene, rng)], "scene": scene,
-                         "messages": chat(None, user, caption(scene))})
-        elif ask == "who":
-            words = draw_words(persona, rng, QUALITY["text"], personas)
-            answer = f"{words.opening} I am {persona.name}, a {persona.role}. {words.closing}"
-            rows.append({"id": row_id, "images": [], "persona": persona.name,
-                         "messages": chat(persona, "Who are you?", answer)})
-        else:
-            rows.append(dialogue(rng, row_id, persona, ask, kind, personas, kind != "text"))
-    return rows
+    personas = casting()["familiar"] if part == "paired" else PERSONAS
+    return dialogues(part, n, seed, f"{part}-{seed}", personas)
 
 
 def held_out_personas(seed: int, n: int = 96) -> list[dict]:
@@ -414,19 +411,15 @@ def held_out_personas(seed: int, n: int = 96) -> list[dict]:
 
 
 def mini_splits(seed: int, test_seed: int) -> dict[str, list[dict]]:
-    """The splits of the toy world. "valid", on which settings are chosen, asks familiar personas
-    and its own by turns."""
-    splits, cast, kinds, by_turns = {}, casting(), list(QUESTIONS), []
-    for i, persona in enumerate(cast["familiar"]):
-        by_turns += [persona, cast["valid"][i % len(cast["valid"])]]
-    for split, size in SIZES.items():
-        rng = random.Random(f"{split}-{test_seed if split in ('id', 'ood') else seed}")
+    """The splits of the toy world; `test_seed` draws "id" and "ood". "valid", on which settings are
+    chosen, asks familiar personas and its own by turns."""
+    splits, cast, by_turns = {}, casting(), []
+    for familiar, held_out in zip(cast["familiar"], 3 * cast["valid"]):
+        by_turns += [familiar, held_out]
+    for split, n in SIZES.items():
         personas = {"valid": by_turns, "ood": cast["ood"]}.get(split, cast["familiar"])
-        splits[split] = []
-        for i in range(size):
-            kind = kinds[i // len(personas) % len(kinds)]
-            splits[split].append(dialogue(rng, f"mini-{split}-{seed}-{i}",
-                                          personas[i % len(personas)], kind, split, personas))
+        drawn_by = test_seed if split in ("id", "ood") else seed
+        splits[split] = dialogues(split, n, drawn_by, f"mini-{split}-{seed}", personas)
     return splits
 
 
@@ -441,32 +434,26 @@ DIMENSIONS = ("Instruction Adherence", "Fluency", "Coherency", "Image-Text Relev
               "Tone Consistency")          # MMRole's
 DISORDER = 3.0                             # a third of the form out of place: no fluency left
 
-OWNERS = {}                                # phrase -> whose it is
 PHRASES = {"object": OBJECTS, "place": CELLS, "number": NUMBERS}     # slot -> phrases
 for slot in SLOTS:
     PHRASES[slot] = [getattr(persona, slot) for persona in (NEUTRAL, *PERSONAS)]
-    OWNERS |= zip(PHRASES[slot], [persona.name for persona in (NEUTRAL, *PERSONAS)])
-PATTERN = re.compile(r"(?<!\w)(?:" + "|".join(
-    f"(?P<{slot}>{'|'.join(map(re.escape, phrases))})" for slot, phrases in PHRASES.items())
-    + r")(?!\w)")
+ALTERNATIVES = [f"(?P<{slot}>{'|'.join(map(re.escape, PHRASES[slot]))})" for slot in PHRASES]
+PATTERN = re.compile(rf"(?<!\w)(?:{'|'.join(ALTERNATIVES)})(?!\w)")
 
 
 def read_answer(text: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """The phrases of an answer by slot, in their order, and its form."""
     phrases = defaultdict(list)
-
-    def to_slot(match):
+    for match in PATTERN.finditer(text):
         phrases[match.lastgroup].append(match[0])
-        return f" {match.lastgroup} "
-    form = PATTERN.sub(to_slot, text)
+    form = PATTERN.sub(lambda match: f" {match.lastgroup} ", text)
     return phrases, tuple(re.findall(r"\w+|[^\w\s]", form))
 
 
 FORMS = []
 for n in range(1, 5):
-    shapes = [*OBJECTS[:n], *[None] * (4 - n)]
     for question in (("all", None), ("count", None), ("cell", CELLS[0])):
-        FORMS.append(read_answer(right_answer(question, shapes, NEUTRAL))[1])
+        FORMS.append(read_answer(right_answer(question, OBJECTS[:n], NEUTRAL))[1])
 
 
 @functools.cache
@@ -483,11 +470,12 @@ def share(claims: list, right: list) -> float:
 
 
 def judge_answer(row: dict, text: str) -> dict[str, float]:
-    """Each of DIMENSIONS -> the answer's share of the points, 0 to 1. All fall with fluency; what
-    the picture shows is held against the caption, what was asked against the reference, and an
-    answer to another question is none; a wrong answer halves what its words earn."""
+    """Each of DIMENSIONS -> the answer's share of the points, 0 to 1, all of them for a reference.
+    All fall with fluency; what is said of the picture is held against the scene, what was asked
+    against the reference, and an answer to another question is none; a wrong answer halves what its
+    words earn. Words of another persona, neither the row's own nor neutral, are a stranger's."""
     (phrases, form), (right, _) = read_answer(text), read_answer(row["reference"])
-    grammar, seen = fluency(form), read_answer(caption(row["scene"]))[0]["object"]
+    grammar, seen = fluency(form), [thing for thing in row["scene"] if thing]
     claims, true = phrases["object"] + phrases["number"], [*seen, NUMBERS[len(seen) - 1]]
     relevance = sum(claim in true for claim in claims) / max(1, len(claims))
     asked = phrases["place"] == right["place"] and bool(phrases["object"]) == bool(right["object"])
@@ -496,7 +484,7 @@ def judge_answer(row: dict, text: str) -> dict[str, float]:
     own = {slot: phrases[slot] == right[slot] for slot in SLOTS}
     strangers = 0
     for slot in SLOTS:
-        strangers += sum(OWNERS[p] not in (row["persona"], NEUTRAL.name) for p in phrases[slot])
+        strangers += sum(p not in (*right[slot], getattr(NEUTRAL, slot)) for p in phrases[slot])
     role, whole = max(0.0, (sum(own.values()) - strangers) / len(SLOTS)), (1 + correct) / 2
     return {"Instruction Adherence": grammar * correct * (1 + role) / 2,
             "Fluency": grammar,
@@ -509,16 +497,13 @@ def judge_answer(row: dict, text: str) -> dict[str, float]:
 
 
 def judge_by_rules(rows: list[dict], answers: list[str]) -> list[str]:
-    """The toy world's judge, in an LLM judge's format, scores from 1 to 10. The reference is judged
-    by the same rules. The answer is never quoted: nothing in it can be read as a score."""
+    """The toy world's judge, in an LLM judge's format, scores from 1 to 10, which the reference
+    always has. The answer is never quoted: nothing in it can be read as a score."""
     replies = []
     for row, answer in zip(rows, answers, strict=True):
-        marks, right = judge_answer(row, answer), judge_answer(row, row["reference"])
-        lines = []
-        for name in DIMENSIONS:
-            lines.append(f"{name}: by rule. [Scores]: ({1 + 9 * marks[name]:.1f}, "
-                         f"{1 + 9 * right[name]:.1f})")
-        replies.append("\n".join(lines))
+        marks = judge_answer(row, answer)
+        replies.append("\n".join(f"{name}: by rule. [Scores]: ({1 + 9 * mark:.1f}, 10.0)"
+                                 for name, mark in marks.items()))
     return replies
 
 
@@ -534,8 +519,7 @@ BASE_ROWS = {"align": {"caption": 2048}, "caption": {"caption": 4096},
 BASE_TOKENS = 2048
 
 
-def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
-              vocab: int = 1024) -> tuple:
+def tiny_base(texts: list[str], seed: int, width=128, layers=3, vocab=1024) -> tuple:
     """The embedded `tiny` architecture, untrained: a real Qwen2.5-VL of about 1.0M parameters.
 
     Its byte-level BPE tokenizer (Qwen's special tokens, any text round-trips) is fitted to
@@ -566,13 +550,12 @@ def tiny_base(texts: list[str], seed: int, width: int = 128, layers: int = 3,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                              "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4,
-                           out_hidden_size=width, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1]),
+                           out_hidden_size=width, fullatt_block_indexes=[1]),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=False)                      # as in the 7B
     torch.manual_seed(key_seed(seed, "base"))
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     # Inverse dynamics has to read from the last state which word it stands at. Tied or small
     # embeddings are overwritten on the way there in a model this narrow; larger ones (1.0) outshine
     # the picture.
@@ -643,23 +626,19 @@ def ensure_base(args):
     Saved as an ordinary Qwen2.5-VL folder, which everything else treats like the hub's; how it
     was trained stands in its subfolder pretraining/.
     """
-    folder, data = model_root(args) / "base", {"world": f"toy world {MINI_VERSION}"}
-    half_made = folder.with_name("base.part")       # renamed when it is whole
     if args.model != "tiny":
         return
+    folder, world = model_root(args) / "base", f"toy world {MINI_VERSION}"
+    half_made = folder.with_name("base.part")       # renamed when it is whole
     if agreed((folder / "model.safetensors").exists()):
-        made_for = read_config(folder / "pretraining")["data"]
-        if made_for != data:
-            raise UserError(f"{folder} knows {made_for['world']}, this is {data['world']}; use "
-                            "another --run-root")
+        made_for = read_config(folder / "pretraining")["data"]["world"]
+        if made_for != world:
+            raise UserError(f"{folder} knows {made_for}, this is {world}; use another --run-root")
         return
-    if folder.exists():
-        raise UserError(f"{folder}: stands there without model.safetensors; remove it and run the "
-                        "same command again")
     say(f"{folder} is missing or unfinished: pre-training the embedded base")
     seed, texts, plan = args.seed, [], []
-    for kind in ("caption", "base", "text"):
-        for row in mini_corpus(kind, 1500, seed):
+    for part in ("caption", "base", "text"):
+        for row in mini_corpus(part, 1500, seed):
             texts += [message["content"] for message in row["messages"]]
     model, tokenizer, processor = tiny_base(texts, seed)
     model.to(device_of(args))
@@ -669,23 +648,19 @@ def ensure_base(args):
             factor = cosine(step, steps, warmup=0.05, floor=0.05)
             plan.append((phase, [muon_lr * factor, adamw_lr * factor]))
     run = Run(argparse.Namespace(seed=seed, steps=len(plan), fresh=False),
-              half_made / "pretraining", agent, data)
+              half_made / "pretraining", agent, {"world": world})
     model.train().requires_grad_(True)
     # Muon for the matrices of the layers needs 2.5 times fewer steps than AdamW alone here.
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and "embed" not in name:
-            matrices.append(p)
-        else:
-            others.append(p)
-    muon = Muon(matrices)
+    matrices = {name: p for name, p in model.named_parameters()
+                if p.dim() == 2 and "embed" not in name}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    muon = Muon(matrices.values())
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    rows, streams = {}, {}
-    for phase, kinds in BASE_ROWS.items():
-        rows[phase] = [mini_corpus(kind, n, key_seed(seed, phase)) for kind, n in kinds.items()]
-        streams[phase] = Stream(Rows(rows[phase]), agent.encoder, BASE_TOKENS,
-                                key_seed(seed, phase))
-    words = {row["id"]: cell_words(row, tokenizer) for row in rows["align"][0]}
+    streams = {}
+    for phase, sizes in BASE_ROWS.items():
+        rows = Rows([mini_corpus(part, n, key_seed(seed, phase)) for part, n in sizes.items()])
+        streams[phase] = Stream(rows, agent.encoder, BASE_TOKENS, key_seed(seed, phase))
+    words = {row["id"]: cell_words(row, tokenizer) for row in streams["align"].rows}
     state = {"backbone": model, "muon": muon, "adamw": adamw, **streams}
     for step in range(run.resume(state), run.steps):
         phase, lrs = plan[step]
@@ -702,8 +677,8 @@ def ensure_base(args):
                        "grad_norm": norm}, "loss")
         run.save(step + 1, state)
     if rank() == 0:
-        for part in (model.eval(), tokenizer, processor):
-            part.save_pretrained(half_made)
+        for thing in (model.eval(), tokenizer, processor):
+            thing.save_pretrained(half_made)
         half_made.replace(folder)
         shutil.rmtree(folder / "pretraining" / "state")
     barrier()

@@ -76,15 +76,13 @@ SAMPLE_EVERY = 20                   # steps between rows of samples.jsonl
 
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
-    parser.epilog += "\n\n" + format_table("--algo", {name: vars(row) for name, row in
-                                                     ALGORITHMS.items()})
+    rows = {name: vars(row) for name, row in ALGORITHMS.items()}
+    parser.epilog += "\n\n" + format_table("--algo", rows)
     task_flags(parser)
-    add = parser.add_argument_group("algorithm: a row of ALGORITHMS, and what replaces its entries"
-                                    ).add_argument
+    add = parser.add_argument_group("algorithm, and what replaces its entries").add_argument
     add("--algo", default="grpo", choices=tuple(ALGORITHMS), help="(default: grpo)")
     add("--scale", choices=("group", "none", "beta"), help="of the advantage")
-    add("--clip", nargs=2, type=float, metavar=("LOW", "HIGH"),
-        help="of the ratio; acts only where a rollout has several updates")
+    add("--clip", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of the ratio")
     add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
         help="of token losses: mean over sequences of token means, of sums / longest allowed "
         "length, or of sums; mean over all tokens, or over each rank's")
@@ -146,15 +144,7 @@ def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
         return torch.ones_like(p)
     c = m * (1 - m) / v - 1
     alpha, beta = (1 + c * m / 3).clamp(min=1), (1 + c * (1 - m) / 3).clamp(min=1)
-    log_pdf = (torch.special.xlogy(alpha - 1, p) + torch.special.xlogy(beta - 1, 1 - p)
-               - torch.lgamma(alpha) - torch.lgamma(beta) + torch.lgamma(alpha + beta))
-    return torch.exp(-log_pdf).clamp(max=1e6)
-
-
-def to_unit(rewards: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Rewards, any shape, mapped affinely from the task's declared bounds to [0, 1]."""
-    low, high = bounds
-    return ((rewards - low) / (high - low)).clamp(0.0, 1.0)
+    return torch.exp(-torch.distributions.Beta(alpha, beta).log_prob(p)).clamp(max=1e6)
 
 
 def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -164,7 +154,8 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
     BetaPdf(p; alpha, beta) (BNPO) on rewards mapped from `bounds` to [0, 1].
     """
     if scale == "beta":
-        rewards = to_unit(rewards, bounds)
+        low, high = bounds
+        rewards = ((rewards - low) / (high - low)).clamp(0.0, 1.0)
     mean, std = group_moments(rewards)
     A = rewards - mean
     if scale == "group":
@@ -179,8 +170,7 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 
 
 def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tensor,
-                    temperature: float = 1.0,
-                    chunk: int = LOGITS_AT_ONCE) -> tuple[Tensor, Tensor]:
+                    temperature=1.0, chunk=LOGITS_AT_ONCE) -> tuple[Tensor, Tensor]:
     """Log-prob of each action and entropy of its distribution, in chunks of logits, under the
     agent's own or the reference policy: h (K, d) normed hidden states, actions (K,), and the
     temperature they were sampled at -> (K,) fp32 each."""
@@ -191,6 +181,14 @@ def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tenso
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)
         return torch.stack([logps.gather(1, actions[:, None])[:, 0], entropy], -1)
     return in_chunks(piece, chunk // policy.head.out_features, h, actions).unbind(-1)
+
+
+def answer_logprobs(agent: Agent, policy: CausalStack, group: Group, mask: Tensor,
+                    temperature: float) -> tuple[Tensor, Tensor]:
+    """`action_logprobs` of a group's answers where the mask (G, T) is set: (K,) each."""
+    with agent.autocast():
+        h = replay(policy, group)[mask]                                     # (K, d)
+        return action_logprobs(agent, policy, h, group.actions[mask], temperature)
 
 
 def surrogate(logps: Tensor, old_logps: Tensor, advantage: Tensor, clip_low: float,
@@ -302,8 +300,6 @@ def collect(agent: Agent, task, prompts: Prompts, args,
         kept = varied if dynamic else sorted(known)
         if len(kept) >= args.prompts:
             break
-    if dynamic and len(kept) < args.prompts:
-        say(f"note: step {step}: of {len(known)} groups {len(kept)} vary, {args.prompts} wanted")
     prompts.varied |= len(varied) > 0
     return groups, known, kept[:args.prompts]
 
@@ -314,8 +310,7 @@ def varies(rewards: Tensor) -> bool:
 
 
 def update(agent: Agent, reference: CausalStack | None, optimizer, lr: float, run: Run,
-           groups: dict[int, Group], known: dict[int, dict], kept: list[int], args,
-           task) -> dict[str, float]:
+           groups: dict[int, Group], known: dict[int, dict], kept: list[int], args, task) -> dict:
     """An optimiser step on the kept groups for each inner epoch; global figures. No step, and no
     figures, without a token or where all advantages are 0 and no KL pulls: AdamW's momentum alone
     would move the policy. K below are a group's loss tokens."""
@@ -337,28 +332,21 @@ def update(agent: Agent, reference: CausalStack | None, optimizer, lr: float, ru
     n = all_sum({"sequences": sequences, "tokens": tokens})
     if not n["tokens"] or reference is None and not A.any():
         return {}
-    token_weight = n["tokens"]
-    if args.aggregate == "local":
-        token_weight = max(1, tokens) * world_size()
+    n_tokens = max(1, tokens) * world_size() if args.aggregate == "local" else n["tokens"]
     totals = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "ratio_error"), 0.0)
     old = {}
     for _ in range(args.inner_epochs):
         for i, (group, advantage, mask) in enumerate(parts):
-            with agent.autocast():
-                h = replay(agent.policy, group)[mask]                                   # (K, d)
-                logps, entropy = action_logprobs(agent, agent.policy, h, group.actions[mask],
-                                                 args.temperature)                      # (K,)
+            logps, entropy = answer_logprobs(agent, agent.policy, group, mask, args.temperature)
             old_logps = old.setdefault(i, logps.detach())       # of the first pass: ratio 1
             answer = mask.nonzero()[:, 0]                                               # (K,)
             loss, clipped = surrogate(logps, old_logps, advantage[answer], *args.clip)  # (K,)
             kl = torch.zeros_like(logps)
             if reference is not None:
-                with torch.no_grad(), agent.autocast():
-                    ref_h = replay(reference, group)[mask]
-                    ref_logps, _ = action_logprobs(agent, reference, ref_h, group.actions[mask],
-                                                   args.temperature)
+                with torch.no_grad():
+                    ref_logps, _ = answer_logprobs(agent, reference, group, mask, args.temperature)
                 kl = k3(logps, ref_logps)
-            weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], token_weight,
+            weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], n_tokens,
                                     task.max_new_tokens)                                # (G,)
             loss = ((loss + args.beta * kl) * weights[answer]).sum()
             loss.backward()
@@ -413,11 +401,10 @@ def main(argv=None):
         return
     modules = agent.train_only("policy")
     splits = choose_splits(task, args.splits, args.eval_prompts)
-    modes = {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}
-    n_prompts, most = sum(map(len, splits.values())), 1
-    if "dynamic-sampling" in args.extras:
-        most += REFILLS
-    say(f"answers to be judged: at most {most * args.steps * args.prompts * args.group_size} in "
+    modes = {"greedy": (0.0, 1), "sampled": (args.temperature, 4)}     # 5 answers to a prompt
+    n_prompts = sum(map(len, splits.values()))
+    rounds = 1 + REFILLS * ("dynamic-sampling" in args.extras)
+    say(f"answers to be judged: at most {rounds * args.steps * args.prompts * args.group_size} in "
         f"training, {2 * n_prompts * 5} in the evaluation before and after")
     # The start, and the KL's reference.
     initial = copy.deepcopy(agent.policy).requires_grad_(False) if args.beta or splits else None
@@ -437,17 +424,16 @@ def main(argv=None):
         rolled = time.time()
         figures = step_figures(known, agent.space) | {"groups": len(kept)}
         figures |= update(agent, reference, optimizer, lr, run, groups, known, kept, args, task)
-        tokens = int(torch.cat([group["lengths"] for group in known.values()]).sum())
+        tokens = figures["length"] * len(rewards)
         run.log(step, {**figures, "lr": lr, "seconds_rollout": rolled - began,
                        "seconds_update": time.time() - rolled,
                        "tokens_per_second": tokens / (time.time() - began)},
                 "reward_mean", "distinct_answers")
         if (step + 1) % SAMPLE_EVERY == 0:
-            samples = []
-            for text, reward in zip(known[0]["texts"], known[0]["rewards"].tolist()):
-                samples.append({"step": step, "prompt": known[0]["prompt"], "answer": text,
-                                "reward": None if math.isnan(reward) else reward})
-            run.append("samples.jsonl", samples)
+            answers = zip(known[0]["texts"], known[0]["rewards"].tolist())
+            run.append("samples.jsonl", [
+                {"step": step, "prompt": known[0]["prompt"], "answer": text,
+                 "reward": None if math.isnan(reward) else reward} for text, reward in answers])
         run.save(step + 1, state)
     if args.steps and not prompts.varied:
         error = UserError(f"{run.folder}: nothing was learnt: in no group did the answers differ "
@@ -471,8 +457,7 @@ def main(argv=None):
             write_page(run.folder / "report.html", task, run.folder.name, {"reward": gains},
                        answers, run.folder / "log.jsonl")
     run.finish(**modules)
-    say(f"next: python eval.py {run.folder} --chat, or with other runs and --report page.html to "
-        "compare them")
+    say(f"next: python eval.py {run.folder} --chat, or with other runs --report page.html")
 
 
 if __name__ == "__main__":

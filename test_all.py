@@ -9,18 +9,18 @@ KIT_MODEL=FOLDER_OR_ID also holds rollouts and replays of that checkpoint agains
 """
 
 import contextlib
-import hashlib
-import resource
-import shlex
-import signal
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
 import random
 import re
+import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -34,10 +34,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from torch import nn
-from PIL import ImageFile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -119,12 +118,19 @@ def close(a, b, tolerance=1e-5):
 
 
 def write(file: Path, rows: list) -> str:
-    """Rows as JSON or JSONL, by the file's name."""
-    if file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    else:
-        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    """Rows as JSON or JSONL, by the file's name; its folder is made."""
+    lines = [json.dumps(r) + "\n" for r in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows) if file.suffix == ".json" else "".join(lines))
     return str(file)
+
+
+@contextlib.contextmanager
+def refused(match):
+    """With a UserError of one line that matches and tells no key."""
+    with pytest.raises(UserError, match=match) as error:
+        yield
+    assert "\n" not in str(error.value) and "s3cret" not in str(error.value)
 
 
 def asks(user="Hi", answer="Hello there.", **fields) -> dict:
@@ -177,11 +183,8 @@ def test_token_logprobs_and_their_gradients_are_brute_forces_in_any_chunk(chunk)
     for p in (x, head.weight, head.bias):
         close(*(torch.autograd.grad(logps @ torch.arange(7.0), p, retain_graph=True)[0]
                 for logps in (got, want)))
-
-
-def test_token_logprobs_of_no_token_can_be_differentiated():
-    empty = kit.token_logprobs(nn.Linear(8, 11), torch.zeros(0, 8), torch.arange(0))
-    assert empty.shape == (0,) and empty.sum().requires_grad
+    empty = kit.token_logprobs(head, x.detach()[:0], torch.arange(0), bias, chunk)
+    assert empty.shape == (0,) and empty.sum().requires_grad        # of a rank without rows
 
 
 def test_a_key_has_one_seed_in_every_process_and_no_other_keys():
@@ -254,13 +257,6 @@ def test_vision_tokens_and_rows_of_the_head_that_are_no_tokens_are_never_said():
         assert set((logits == -math.inf).nonzero()[:, 0].tolist()) == never
 
 
-def test_idm_logits_have_seen_the_next_state_and_no_later_one():
-    states = torch.randn(6, 64).repeat(2, 1, 1)
-    states[1, 3] += 1.0
-    before, after = tiny_agent().idm_logits(states)
-    assert ((after - before).abs().amax(-1) > 1e-4).tolist() == [False, False, True, True, True]
-
-
 @pytest.mark.parametrize("space", ["latent", "token"])
 @pytest.mark.parametrize("i", [0, 2])               # with pictures: there s = e
 def test_an_untrained_agents_greedy_rollout_is_what_transformers_generates(space, i):
@@ -317,12 +313,11 @@ def qwen_folder(folder: Path, template="chat_template.json", shard="500KB") -> P
     return folder
 
 
-def base_of(*flags) -> tuple:
+def base_of(*flags, script=stage1) -> tuple:
     """A stage's arguments with `tiny_agent`'s structure, and the agent they begin with."""
-    args = stage1.arguments().parse_args([
-        "--dtype", "float32", "--codes", "16", "--idm-layers", "1", "--policy-layers", "1",
-        "--image-tokens", "4", "--lr", "1", "--steps", "1", "--device", "cpu", *flags])
-    args = kit.fill(args, {"tiny": {}, "full": {}})
+    usual = ("--dtype float32 --device cpu --lr 1 --steps 1 --codes 16 --idm-layers 1 "
+             "--policy-layers 1 --image-tokens 4").split()
+    args = kit.fill(script.arguments().parse_args([*usual, *flags]), {"tiny": {}, "full": {}})
     return args, Agent.from_base(args)
 
 
@@ -347,26 +342,22 @@ DEEPER = tiny_agent().text_config.to_dict() | {"num_hidden_layers": 3, "layer_ty
 
 
 @pytest.mark.parametrize("files,changes,message", [
-    ("config.json", {"model_type": "llama"}, "llama"),
+    ("config.json", {"model_type": "llama"}, "llama"), ("model*", None, "cannot be loaded"),
     ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantised.*plain"),
     ("config.json", {"text_config": DEEPER}, "weights are missing.*layers.2"),
-    ("model*", None, "cannot be loaded"),
-    ("tokenizer.json", None, "cannot be loaded"),
+    ("tokenizer.json", None, "cannot be loaded"), ("tokenizer*", None, "tokenizer"),
     ("chat_template.json", None, "cannot be loaded"),
-    ("chat_template.json", {"chat_template": "{{ messages }}"}, r"<\|im_start\|>assistant")])
+    ("chat_template.json", {"chat_template": "<|im_start|>{{ messages }}"}, "template")])
 def test_what_is_no_plain_qwen_folder_is_refused_in_one_line(tmp_path, files, changes, message):
     for file in qwen_folder(tmp_path).glob(files):
         file.unlink() if changes is None else edit_json(file, **changes)
-    with pytest.raises(UserError, match=f"--model.*{message}") as error:
+    with refused(f"--model.*{message}"):
         base_of("--model", str(tmp_path))
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="--model.*gone: no such folder"):
-        base_of("--model", str(tmp_path / "gone"))
 
 
-def finish_run(root, name, agent, *trains, parent=None) -> Path:
+def finish_run(root, name, agent, *trains, parent=None, flags=(), script=stage1) -> Path:
     """A run's folder as a stage leaves it that trained these modules of the agent."""
-    args, base = base_of("--run-root", str(root))
+    args, base = base_of("--run-root", str(root), *flags, script=script)
     agent.base_hash = base.base_hash
     run = kit.Run(args, root / "tiny" / name, agent, {}, parent)
     run.finish(**agent.train_only(*trains))
@@ -411,18 +402,20 @@ def reseal(folder, **changes):
 
 
 @pytest.mark.parametrize("damage,message", [
+    (lambda runs: reseal(runs / "sft", **{"policy.head.bias": torch.ones(8)}), "policy.*fit.*redo"),
+    (lambda runs: reseal(runs / "sft", **{"critic.weight": torch.ones(1)}), "sft.*critic.*redo"),
     (lambda runs: edit_json(runs / "sft/config.json", sha256="0"), "sft.*not what.*redo"),
     (lambda runs: edit_json(runs / "idm/config.json", sha256="0"), "idm.*not what.*redo"),
     (lambda runs: (runs / "sft/model.safetensors").unlink(), "sft.*not what.*redo"),
     (lambda runs: edit_json(runs / "sft/config.json", base="0"), "sft.*another base"),
     (lambda runs: reseal(runs / "idm", **{"idm.head.bias": torch.ones(16)}), "earlier idm.*redo"),
-    (lambda runs: reseal(runs / "sft", **{"policy.head.bias": torch.tensor([math.inf] * 16)}),
+    (lambda runs: reseal(runs / "sft", **{"policy.head.bias": torch.arange(16.0).log()}),
      "sft.*not finite.*redo"),
     (lambda runs: reseal(runs / "sft", **{"policy.tail": torch.ones(1)}), "policy.*fit.*redo"),
     (lambda runs: (runs / "sft/config.json").write_text("[]"), "sft.*config.json")])
 def test_a_run_that_is_not_as_it_finished_is_refused(runs, damage, message):
     damage(runs)
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with refused(message):
         Agent.from_run(runs / "sft", device="cpu")
 
 
@@ -432,11 +425,9 @@ def test_a_run_that_is_not_as_it_finished_is_refused(runs, damage, message):
 @pytest.fixture(scope="session", params=[("latent", 0.7), ("latent", 1.5), ("token", 0.7)])
 def rolled(request):
     """An agent, a temperature, and its three answers each to prompts of unequal lengths with one,
-    no and two pictures. A token in sixteen ends the turn."""
+    no and two pictures. A token in eight ends the turn."""
     space, temperature = request.param
-    agent = with_modules(tiny_agent(space))
-    agent.encoder = copy.copy(agent.encoder)
-    agent.encoder.stop_ids = torch.arange(10, len(agent.encoder.tokenizer), 16)
+    agent = stopping(space)
     return agent, temperature, rollout(agent, examples(prompt=True), 3, 10, temperature, [5, 6, 7])
 
 
@@ -574,11 +565,8 @@ def test_chat_answers_the_row_that_its_arguments_make(asked, turns):
     want, = rollout(agent, [prompt], 1, 9, 1.5, [3])
     got = agent.chat(**asked, image=image, temperature=1.5, max_new_tokens=9, seed=3)
     assert [got] == want.texts
-
-
-def test_a_run_without_a_policy_cannot_chat():
-    with pytest.raises(UserError, match="no policy.*rl-"):
-        with_modules(tiny_agent(), policy=None).chat("Hi")
+    with refused("no policy"):
+        with_modules(agent, policy=None).chat("Hi")
 
 
 # ---- On every processor ----------------------------------------------------------------------
@@ -598,11 +586,7 @@ def test_no_operation_on_a_cpu_returns_a_bfloat16_matrix(tmp_path, monkeypatch):
     """Most processors emulate bfloat16, many times slower. Two steps of every stage."""
     with NoBfloat16Matrix(), pytest.raises(AssertionError):
         torch.ones(2, 2).bfloat16()
-    monkeypatch.setattr(stage1, "BASE_PHASES", [(p[0], 1, *p[2:]) for p in stage1.BASE_PHASES])
-    for name, rows in (("CORPUS", 40), ("SIZES", 4)):
-        monkeypatch.setattr(stage1, name, dict.fromkeys(getattr(stage1, name), rows))
-    for phase, kinds in stage1.BASE_ROWS.items():
-        monkeypatch.setitem(stage1.BASE_ROWS, phase, dict.fromkeys(kinds, 40))
+    cut_the_world(monkeypatch)
     rewards = iter(range(999))
     monkeypatch.setattr(evaluation.Task, "reward", lambda task, reply: next(rewards) % 3 / 2)
     rl = "--prompts 2 --group-size 2 --max-new-tokens 6 --beta 0.1 --splits "
@@ -622,19 +606,17 @@ def figures_on(device) -> list:
     figures = [stage1.projector_losses(latent, batch, latent.embeddings(batch), cycle=True),
                train_idm.inverse_losses(latent, batch, latent.states(batch), noise),
                train_bc.code_losses(latent, batch)[0], train_bc.token_losses(token, batch)[0]]
-    args = Namespace(extras=[], scale="group", clip=[0.2, 0.2], aggregate="sequence", beta=0.1,
-                     inner_epochs=2, temperature=1.0)
-    run = SimpleNamespace(skipped=0, skipped_in_a_row=0, folder="run")
+    args = rl_args("--algo", "grpo", "--beta", "0.1")
     for agent in (latent, token):
         figures.append([group.tokens for group in rollout(agent, prompts, 1, 8, 0.0)])
         reference, policy = copy.deepcopy(agent.policy), agent.train_only("policy")["policy"]
-        groups, known = dict(enumerate(rollout(agent, prompts, 3, 8, 1.0))), {}
+        groups, known = dict(enumerate(rollout(agent, prompts, 3, 8, 0.7))), {}
         for place, group in groups.items():
             group.rewards = torch.tensor([0.1, 0.5, 0.4])
             known[place] = {"id": place, "rewards": group.rewards}
         figures.append(train_rl.update(
-            agent, reference, torch.optim.SGD(policy.parameters()), 0.5, run, groups, known,
-            [0, 1, 2], args, SimpleNamespace(bounds=(0.0, 1.0), max_new_tokens=8)))
+            agent, reference, torch.optim.SGD(policy.parameters()), 0.5, counters(), groups, known,
+            [0, 1, 2], args, rl_task(None)))
         figures.append(policy.state_dict())
     return tree_leaves(figures)
 
@@ -644,46 +626,6 @@ def test_a_cuda_device_gives_the_hosts_figures(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for there, here in zip(figures_on("cuda"), figures_on("cpu"), strict=True):
         close(torch.as_tensor(there).cpu(), here, 1e-3)
-
-
-def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
-    for file in qwen_folder(tmp_path).glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(UserError, match="--model.*tokenizer"):
-        base_of("--model", str(tmp_path))
-
-
-@pytest.mark.parametrize("changes", [{"policy.tail": torch.ones(1)},
-                                     {"policy.head.bias": torch.ones(8)}])
-def test_weights_that_do_not_fit_are_refused_in_one_line(runs, changes):
-    reseal(runs / "sft", **changes)
-    with pytest.raises(UserError, match="policy.*fit.*redo") as error:
-        Agent.from_run(runs / "sft", device="cpu")
-    assert "\n" not in str(error.value)
-
-
-def test_weights_of_an_unknown_module_are_refused(runs):
-    reseal(runs / "sft", **{"critic.weight": torch.ones(1)})
-    with pytest.raises(UserError, match="sft.*critic.*redo"):
-        Agent.from_run(runs / "sft", device="cpu")
-
-
-def test_a_token_agent_with_a_projector_reads_in_a_rollout_what_its_prompt_pass_reads():
-    agent = tiny_agent("token")
-    prompt = examples(prompt=True)[1]
-    group, = rollout(agent, [prompt], 1, 6, 0.0)
-    n = int(group.mask.sum())
-    read, _ = read_in_full(agent, prompt, group.tokens[0, :n])
-    close(group.inputs[0, :n], read[0, -n - 1:-1], 1e-4)
-
-
-def test_log_probs_in_token_space_have_the_gradient_of_brute_force():
-    agent = copy.deepcopy(tiny_agent("token"))
-    h, head = torch.randn(5, 64), agent.train_only("policy")["policy"].head
-    actions = torch.arange(20, 25)
-    want = (head(h) + agent.token_bias).log_softmax(-1)[range(5), actions]
-    got, _ = train_rl.action_logprobs(agent, agent.policy, h, actions, 1.0)
-    close(*(torch.autograd.grad(logps.sum(), head.weight)[0] for logps in (got, want)))
 
 
 # ---- model.py: from rows to batches ----------------------------------------------------------
@@ -716,9 +658,10 @@ def normal(raw) -> dict:
     (hi(image="a.png", images=None), WHERE), (hi(image="a.png", images=[]), WHERE),
     (asks("Hi", "Yo", images=["a.png"]), WHERE), (hi(images=["/b/a.png"]), THERE),
     (hi(images=["file:///b/a.png"]), THERE), (hi(images=[DATA_URL]), DATA_URL),
-    (hi(images=[{"bytes": None, "path": "a.png"}]), WHERE), (asks(block(path="a.png"), "Yo"), WHERE),
+    (hi(images=[{"bytes": None, "path": "a.png"}]), WHERE),
     (hi(images=[{"bytes": "QUJD", "path": "a.png"}]), "data:;base64,QUJD"),
-    (asks(block(), "Yo", images=["a.png"]), WHERE), (asks(block(url="/b/a.png"), "Yo"), THERE),
+    (asks(block(path="a.png"), "Yo"), WHERE), (asks(block(), "Yo", images=["a.png"]), WHERE),
+    (asks(block(url="/b/a.png"), "Yo"), THERE),
     (asks(block(image="a.png"), "Yo", images=["another.png"]), WHERE),
     (asks(block("image_url", image_url={"url": DATA_URL}), "Yo"), DATA_URL),
     ({"conversations": SHARE_GPT, "image": "a.png"}, WHERE)], ids=str)
@@ -848,11 +791,6 @@ def test_sixteen_bits_a_pixel_keep_their_greys(tmp_path, kind, dtype):
     close(got[14, 14::28], [[grey] * 3 for grey in (0, 77, 155, 255)], 1)
 
 
-def test_inks_become_rgb():
-    got = kit.open_image(Image.new("CMYK", (28, 28), (0, 255, 255, 0)), "w", (28, 28))
-    assert np.array(got)[9, 9].tolist() == [255, 0, 0]
-
-
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_encoding_a_row_reads_the_headers_of_its_pictures_alone(tmp_path, monkeypatch, kind):
     picture(112, 28).save(tmp_path / "x", kind)
@@ -941,14 +879,12 @@ def targets(r: dict, responses_only: bool) -> str:
     return words(tiny_agent().encoder.collate([e]).labelled()[1])
 
 
-def test_encode_marks_texts_and_what_has_seen_the_image():
+def test_encode_marks_texts_what_has_seen_the_image_and_what_is_predicted():
+    """All texts after a text, or the responses with their ends of turn."""
     (e,) = examples([DIALOGUE])
     vision = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
     assert words(e.ids) == FRONT + vision + BACK and torch.equal(e.tokens, e.ids[e.text_index])
     assert words(e.tokens[~e.seen_image]) == FRONT and words(e.tokens[e.seen_image]) == BACK
-
-
-def test_targets_are_all_texts_after_a_text_or_the_responses_with_their_ends_of_turn():
     assert targets(DIALOGUE, False) == FRONT.removeprefix("<|im_start|>") + BACK.removeprefix("a")
     assert targets(DIALOGUE, True) == "one.<|im_end|>two.<|im_end|>"
 
@@ -987,13 +923,6 @@ def test_a_prompt_is_its_row_up_to_the_last_answer_and_an_over_long_one_is_never
     encoder.longest = n - 1
     with pytest.raises(UserError, match=f"^row m: .* {n} tokens .*shorten it"):
         encoder.encode(DIALOGUE, prompt=True)
-
-
-def test_a_template_in_which_answers_cannot_be_found_is_refused():
-    tokenizer = copy.deepcopy(tiny_agent().encoder.tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("m.role", "m.role | upper")
-    with pytest.raises(UserError, match="--model.*template"):
-        Encoder(tokenizer, tiny_agent().encoder.processor, tiny_agent().backbone)
 
 
 # Streams.
@@ -1108,34 +1037,20 @@ LEFT_OUT = [
     ({"messages": [user("Hi")]}, {"responses_only": True}, "nothing .* predicted")]
 
 
-@pytest.fixture(params=LEFT_OUT, ids=range(len(LEFT_OUT)))
-def left_out(request, tmp_path):
-    """A row that is left out, one that is not, a file for them, the stream's flags, the cause."""
-    raw, flags, remedy = request.param
+@pytest.mark.parametrize("raw, flags, cause", LEFT_OUT, ids=range(len(LEFT_OUT)))
+def test_rows_left_out_are_counted_and_named_once(tmp_path, capsys, raw, flags, cause):
     shown(1, tmp_path)
     good = hi(images=["p0.png"]) if flags.get("pictures") else asks("Hi")
-    return raw, good, tmp_path / "f.jsonl", flags, f"/f.jsonl:1: .*{remedy}"
-
-
-def test_rows_left_out_are_counted_and_named_once_with_place_and_cause(left_out, capsys):
-    raw, good, file, flags, cause = left_out
+    file, cause = tmp_path / "f.jsonl", f"/f.jsonl:1: .*{cause}"
     s = stream(write(file, [raw] * 5 + [good] * 2), **flags)
     for _ in range(3):
         assert set(take_rows(s, 2)) == {"0/f.jsonl:6", "0/f.jsonl:7"}
     out = capsys.readouterr().out
     assert re.search(f"note: 5 rows left out: .*{cause}", out)
     assert out.count("left out") == 1 and out.count("/f.jsonl:") < 5 and len(out) < 2000
-
-
-def test_of_a_tasks_own_rows_none_is_left_out(left_out):
-    raw, good, file, flags, cause = left_out
-    with pytest.raises(kit.UnusableRow, match=cause):
+    with pytest.raises(kit.UnusableRow, match=cause):       # a task's own rows
         stream(write(file, [raw, good]), strict=True, **flags)
-
-
-def test_a_corpus_of_which_nothing_is_left_is_an_error(left_out):
-    raw, _, file, flags, cause = left_out
-    with pytest.raises(UserError, match=f"not one row of 1 .*{cause}"):
+    with refused(f"not one row of 1 .*{cause}"):            # a corpus of which nothing is left
         stream(write(file, [raw]), **flags)
 
 
@@ -1169,42 +1084,23 @@ def test_a_picture_that_breaks_is_told_at_its_own_step(tmp_path):
         collate(s.next())
 
 
-def test_two_ranks_share_every_global_batch(monkeypatch):
-    gathered, parts = [], []
-    monkeypatch.setattr(kit, "gather", lambda part: gathered.append(part) or part)
-    whole = take(stream(told(21)), 12)
-    monkeypatch.setattr(kit, "world_size", lambda: 2)
-    for rank in range(2):                           # what the other rank would add is known
-        unions = iter(gathered)
-        monkeypatch.setattr(kit, "gather", lambda part: next(unions))
-        monkeypatch.setattr(kit, "rank", lambda: rank)
-        parts.append(take(stream(told(21)), 12))
-    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(ids) for ids in whole]
-
-
 # Micro-batches.
 
 
-@pytest.mark.parametrize("budget", [1, 60, 100, 9999])
-def test_micro_batches_fill_the_budget_the_longest_rows_together(budget):
+def test_micro_batches_are_packed_the_longest_rows_first():
     rows = examples(told(9))
-    batches = list(kit.micro_batches(tiny_agent(), rows, budget))
-    longest_first = [e.id for e in sorted(rows, key=len, reverse=True)]
-    assert sum([batch.row_ids for batch in batches], []) == longest_first
-    for k, batch in enumerate(batches):
-        n, longest = batch.ids.shape
-        assert n == 1 or n * longest <= budget
-        assert k == len(batches) - 1 or (n + 1) * longest > budget
+    order = sorted(rows, key=len, reverse=True)
+    parts, batches = kit.pack(order, 1, 0, 100), kit.micro_batches(tiny_agent(), rows, 100)
+    for part, batch in zip(parts, batches, strict=True):
+        assert batch.row_ids == [order[i].id for i in part]
 
 
-@pytest.mark.parametrize("kinds", [("paired",), ("text", "paired"), ("paired", "another")])
-def test_next_batches_takes_a_step_of_each_kind_that_is_asked_for(kinds):
+def test_next_batches_takes_a_step_of_each_kind_that_is_asked_for():
     streams = {"paired": stream(told(9, "p")), "text": stream(told(9, "t"))}
-    batches, ids = kit.next_batches(tiny_agent(), streams, kinds, 60)
-    first = {"paired": take(stream(told(9, "p")), 1)[0], "text": take(stream(told(9, "t")), 1)[0]}
-    assert ids == sum([first.get(kind, []) for kind in kinds], [])
+    batches, ids = kit.next_batches(tiny_agent(), streams, ("paired", "another"), 60)
+    assert ids == take(stream(told(9, "p")), 1)[0]
     assert sorted(ids) == sorted(sum([batch.row_ids for batch in batches], []))
-    assert streams["text"].state_dict()["batch"] == ("text" in kinds)
+    assert streams["text"].state_dict()["batch"] == 0
 
 
 # ---- train_projector.py: the toy world -------------------------------------------------------
@@ -1285,7 +1181,8 @@ def test_answers_are_right_about_the_scene_whatever_their_words(world, part):
 
 GOLDEN_WORLD = {
     "version": 4, "sft": "1f03d84", "valid": "1d87538", "rl": "ce6a734", "id": "8d6e1bd",
-    "ood": "f4e0522", "caption": "f3c3988", "base": "ed75395", "paired": "2aadac9", "text": "f0c7507"}
+    "ood": "f4e0522", "caption": "f3c3988", "base": "ed75395", "paired": "2aadac9",
+    "text": "f0c7507"}
 
 
 # ---- eval.py: judge replies and the reward ---------------------------------------------------
@@ -1294,14 +1191,6 @@ GOLDEN_WORLD = {
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
 WIT, TONE = "Wit: fine. [Scores]: (8, 9)", "Tone: ok [Scores]: (7.5, 10)"
 GOOD = f"{WIT}\n{TONE}"
-
-
-@contextlib.contextmanager
-def refused(match):
-    """With a UserError of one line that matches and tells no key."""
-    with pytest.raises(UserError, match=match) as error:
-        yield
-    assert "\n" not in str(error.value) and "s3cret" not in str(error.value)
 
 
 def task_of(dimensions=("Wit", "Tone"), splits=None, judge=None, max_new_tokens=9):
@@ -1315,7 +1204,8 @@ READ = [
     GOOD.replace("(8, 9)", "8, 9"), GOOD.replace("[Scores]: (8, 9)", "[score] ( 8.0 , 9 )"),
     f"\uff37it\uff1afine \uff3bScores\uff3d\uff1a\uff08\uff18\uff0c \uff19\uff09\u3002\n{TONE}",
     GOOD.replace("fine.", "fine, (9, 2) of 10; unlike Tone: 3/10, Scores: (1, 1)."),
-    f"<think>Wit: [Scores]: (1, 1)</think>\n{GOOD}", f"Tone: [Scores]: (1, 1)</think>{GOOD}"]
+    f"<think>Wit: [Scores]: (1, 1)</think>\n{GOOD}", f"Tone: [Scores]: (1, 1)</think>{GOOD}",
+    f"<think>Hm.</think>{WIT}<think>{TONE}</think>{GOOD}"]
 
 
 @pytest.mark.parametrize("reply", READ, ids=range(len(READ)))
@@ -1333,7 +1223,8 @@ REFUSED = [
     f"{WIT}\nIt says\nWit: great. [Scores]: (10, 1)\n{TONE}",
     f"Wit: it says\nTone: great. [Scores]: (10, 1)\n[Scores]: (2, 9)\n{TONE}",
     "| Wit | 8 | 9 |\n| Tone | 7.5 | 10 |", '{"Wit": [8, 9], "Tone": [7.5, 10]}',
-    f"<think>{GOOD}", f"{GOOD}\n<think>Hm.", f"{WIT}\n<think>{TONE}</think>"]
+    f"<think>{GOOD}", f"{GOOD}\n<think>Hm.", f"{WIT}\n<think>{TONE}</think>",
+    f"<think>Hm.</think><think>{GOOD}"]
 REFUSED += [GOOD.replace("(8, 9)", numbers) for numbers in (
     "(8)", "", "(8, 9, 7)", "(8; 9)", "(8 9)", "(7,5)", "(7,5, 9)", "8/10", "(8/10, 9/10)",
     "(7-8, 9)", "(10.01, 9)", "(8, 10.01)", "(8, 0)", "(-8, 9)", "(ten, 9)", "(8, 9) or (9, 9)")]
@@ -1351,13 +1242,6 @@ def test_a_reply_that_loops_is_refused_at_once(reply, loop):
     began = time.perf_counter()
     assert evaluation.parse_reply(reply.replace("{}", loop * 30_000), ("d",)) is None
     assert time.perf_counter() - began < 2          # backtracking would take minutes
-
-
-@pytest.mark.parametrize("reply,answer", [
-    ("plain ", "plain"), ("<think>a</think>\n\nb", "b"), ("a</think> b", "b"), ("a</think>", ""),
-    ("<think>a", ""), ("<think>a</think><think>b", ""), ("<think>a</think>b<think></think>c", "c")])
-def test_thoughts_are_no_part_of_a_reply(reply, answer):
-    assert evaluation.without_thoughts(reply) == answer
 
 
 def test_reward_is_a_ratio_of_sums_and_overall_a_mean_of_ratios():
@@ -1388,12 +1272,6 @@ def ids_of(task) -> dict:
     return ids
 
 
-def test_a_task_that_is_no_file_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        load("nothing.jsonl")
-    assert "nothing.jsonl" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("flags", [["mmrole"], ["mmrole", "--task-root", "/no"], ["pcogalign"]])
 def test_a_published_task_needs_its_folder(flags):
     with refused(f"{flags[0]}.*--task-root"):
@@ -1418,23 +1296,20 @@ def test_every_picture_of_a_task_is_looked_at_first(tmp_path, split):
 
 USER, ANSWER = asks()["messages"]
 BAD_TASK_ROWS = [
-    (asks(split="test"), "split .*test"), (asks(split=["rl"]), "split"), (asks(split=""), "split"),
-    (asks(judge_notes=5), "judge_notes"), (asks(dimensions=["Rhyme"]), "dimensions"),
-    ({"messages": []}, "empty"), ({"messages": [USER]}, "last message"),
-    ({"messages": [USER, ANSWER, USER]}, "last message"), ({"messages": [ANSWER]}, "after a user"),
-    (asks(answer=None), "text"), (asks(answer="<image>", images=["a.png"]), "without an image")]
+    (asks(split="test"), "1: .*split .*test"), (asks(split=["rl"]), "1: .*split"),
+    (asks(split=""), "1: .*split"), (asks(judge_notes=5), "1: .*judge_notes"),
+    ({"messages": []}, "1: .*empty"), ({"messages": [USER]}, "1: .*last message"),
+    ({"messages": [USER, ANSWER, USER]}, "1: .*last message"),
+    ({"messages": [ANSWER]}, "1: .*after a user"), (asks(answer=None), "1: .*text"),
+    (asks(answer="<image>", images=["a.png"]), "1: .*without an image"),
+    (asks(dimensions=["Wit"]), "2: .*dimensions"), *[(asks(dimensions=no_names), "1: .*dimensions")
+        for no_names in (5, [], "Wit", [["Wit"]], ["Wit", "wit"], [" "], ["a\nb"])]]
 
 
 @pytest.mark.parametrize("bad,match", BAD_TASK_ROWS, ids=range(len(BAD_TASK_ROWS)))
 def test_a_task_row_that_cannot_be_used_is_named_in_one_line(tmp_path, bad, match):
-    with refused(rf"t\.jsonl:2: .*{match}"):
-        load_rows(tmp_path, [asks(dimensions=["Wit"]), bad])
-
-
-@pytest.mark.parametrize("bad", [5, [], "Wit", [["Wit"]], ["Wit", "wit"], [" "], ["a\nb"]])
-def test_dimensions_that_no_judge_could_score_are_refused(tmp_path, bad):
-    with refused(r"t\.jsonl:1: .*dimensions"):
-        load_rows(tmp_path, [asks(dimensions=bad)])
+    with refused(rf"t\.jsonl:{match}"):
+        load_rows(tmp_path, [bad, asks(dimensions=["Rhyme"])])
 
 
 @pytest.mark.parametrize("more", [{"persona": ["a", {}], "question": ""}, {"persona": ""}], ids=str)
@@ -1453,14 +1328,6 @@ def test_a_files_dimensions_are_for_an_llm_judge(tmp_path, dimensions):
     assert load_rows(tmp_path, rows, *judged_by("http://h/v1", tmp_path)).dimensions == dimensions
     overlap = load_rows(tmp_path, rows)             # one score, at most 1
     assert len(overlap.dimensions) == 1 and overlap.bounds == (0, 1)
-
-
-def test_a_reward_of_ones_own_is_found_by_the_files_name(tmp_path, monkeypatch):
-    def brevity(rows, answers):
-        return [f"Brevity: [Scores]: ({10 - len(answer)}, 10)" for answer in answers]
-    monkeypatch.setitem(evaluation.JUDGES, "t", (brevity, ("Brevity",)))
-    task = load_rows(tmp_path, [asks()])
-    assert task.reward(task.judge([{}], ["four"])[0]) == 0.6
 
 
 @pytest.mark.parametrize("answer,f1", [
@@ -1483,18 +1350,13 @@ def mmrole_dialogue(root, name, n) -> dict:
             "conversations": [{"role": who, "value": text} for who, text in said]}
 
 
-def put(file, content):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, content)
-
-
 def mmrole_folder(root) -> Path:
     """MMRole-Data's layout: ten dialogues of each of three characters."""
     (root / "images").mkdir()
     for part, name in (("in", "Thor Odin"), ("in", "Hulk"), ("out-of", "Plato")):
         place, file = f"{part}-distribution", f"{name}.json".replace(" ", "_")
-        put(root / "profiles" / place / "detailed_profiles" / file, {"mood": f"{name} is bold."})
-        put(root / "dialogues" / place / "comment" / file,
+        write(root / "profiles" / place / "detailed_profiles" / file, {"mood": f"{name} is bold."})
+        write(root / "dialogues" / place / "comment" / file,
             [mmrole_dialogue(root, name, n) for n in range(10)])
     return root
 
@@ -1518,21 +1380,34 @@ def pcogalign_folder(root, sizes=GOLDEN) -> Path:
 FOLDERS = {"mmrole": mmrole_folder, "pcogalign": pcogalign_folder}
 
 
-def test_mmroles_splits_are_cut_after_a_shuffle_of_its_files_in_order(tmp_path):
+def test_mmroles_splits_are_cut_after_a_shuffle_and_its_turns_are_rows(tmp_path):
     names = [f"Hulk-{n}" for n in range(10)] + [f"Thor Odin-{n}" for n in range(10)]
     random.Random(42).shuffle(names)
-    assert ids_of(load("mmrole", "--task-root", mmrole_folder(tmp_path))) == {
+    task = load("mmrole", "--task-root", mmrole_folder(tmp_path))
+    assert ids_of(task) == {
         "sft": {*names[:9]}, "valid": {names[9], names[17]}, "rl": {*names[10:17]},
         "id": {*names[18:]}, "ood": {f"Plato-{n}" for n in range(10)}}
+    for n, r in enumerate(task.splits["ood"]):
+        system, *said = [m["content"] for m in r["messages"]]
+        assert "mood: Plato is bold." in system and "Asgard" in system
+        assert said == ["<image>Who?", "I am Plato.", "And?", "I rest."][:2 + n % 2 * 2]
+        assert r["reference"] == said[-1]
+    assert n == 19 and {len(r["messages"]) for r in task.splits["sft"]} == {5}     # whole ones
 
 
 def test_pcogaligns_golden_train_is_shuffled_once_more_and_cut(tmp_path):
     train = [f"HCMAS-golden-train-{n}" for n in range(20)]
     random.Random(42).shuffle(train)
-    assert ids_of(load("pcogalign", "--task-root", pcogalign_folder(tmp_path))) == {
+    task = load("pcogalign", "--task-root", pcogalign_folder(tmp_path))
+    assert ids_of(task) == {
         "sft": {*train[:9]}, "valid": {train[9], train[13]}, "rl": {*train[10:13]},
         "id": {f"HCMAS-golden-test-{n}" for n in range(3)},
         "ood": {f"HCSHR-golden-test-{n}" for n in range(3)}}
+    r = task.splits["id"][1]
+    system, *said = [m["content"] for m in r["messages"]]
+    assert "Child at Home; Student at School" in system and r["reference"] == "Calm 1."
+    assert said == ["<image>Why HCMAS-golden-test 1 {x}?", "Calm 1."]
+    assert "a fire" in r["judge_notes"] and "stay calm" in r["judge_notes"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -1545,24 +1420,6 @@ def test_what_lacks_a_picture_is_named_and_moves_nothing_else(tmp_path, capsys, 
     assert ids_of(load(name, "--task-root", tmp_path)) == expected
     assert re.search(f"left out.*picture.*{gone['images'][0]}", capsys.readouterr().out)
     assert before.max_new_tokens == 1024
-
-
-def test_mmroles_turns_are_rows_under_its_profile_and_demonstrations_stay_whole(tmp_path):
-    splits = load("mmrole", "--task-root", mmrole_folder(tmp_path)).splits
-    for n, r in enumerate(splits["ood"]):
-        system, *said = [m["content"] for m in r["messages"]]
-        assert "mood: Plato is bold." in system and "Asgard" in system
-        assert said == ["<image>Who?", "I am Plato.", "And?", "I rest."][:2 + n % 2 * 2]
-        assert r["reference"] == said[-1]
-    assert len(splits["ood"]) == 20 and {len(r["messages"]) for r in splits["sft"]} == {5}
-
-
-def test_pcogaligns_rows_hold_roles_question_reference_and_notes(tmp_path):
-    r = load("pcogalign", "--task-root", pcogalign_folder(tmp_path)).splits["id"][1]
-    system, *said = [m["content"] for m in r["messages"]]
-    assert "Child at Home; Student at School" in system and r["reference"] == "Calm 1."
-    assert said == ["<image>Why HCMAS-golden-test 1 {x}?", "Calm 1."]
-    assert "a fire" in r["judge_notes"] and "stay calm" in r["judge_notes"]
 
 
 def test_an_mmrole_dialogue_without_profile_or_answer_is_left_out_and_named(tmp_path, capsys):
@@ -1716,17 +1573,13 @@ def test_a_malformed_reply_is_sent_back_with_what_is_wrong_with_it(serve):
     assert "Wit, Tone" in third[2]["content"] and "[Scores]" in third[2]["content"]
 
 
-def test_a_reply_cut_by_length_is_of_no_use_and_not_cached(serve):
+def test_a_reply_cut_by_length_is_of_no_use_and_one_in_parts_is_put_together(serve):
     cut = {"choices": [{"message": {"content": GOOD}, "finish_reason": "length"}]}
+    parts = [{"type": "text", "text": TONE}, {"type": "x"}, {"type": "text", "text": f"\n{WIT}"}]
     server, judge = serve(lambda prompt, n: cut)
     assert judge([ASKED], ["x"]) == [None]
-    server.plan = lambda prompt, n: f"{TONE}\n{WIT}"
+    server.plan = lambda prompt, n: parts
     assert judge([ASKED], ["x"]) == [f"{TONE}\n{WIT}"]
-
-
-def test_parts_of_content_are_put_together(serve):
-    parts = [{"type": "text", "text": WIT}, {"type": "x"}, {"type": "text", "text": f"\n{TONE}"}]
-    assert serve(lambda prompt, n: parts)[1]([ASKED], ["x"]) == [GOOD]
 
 
 @pytest.mark.parametrize("said,match,calls", [
@@ -1773,35 +1626,24 @@ def answered(prompt, n):
     return f"<think>Hm.</think>\nTo: {re.search('Why .*[?]', prompt)[0]}"
 
 
-@pytest.fixture
-def unanswered(tmp_path) -> Path:
-    """PCogAlignBench's folder without golden files."""
-    return pcogalign_folder(tmp_path, {"HCMAS-test": 20, "HCSHR-test": 10})
-
-
-def test_references_are_made_shuffled_and_cut(serve, unanswered):
-    server, _ = serve(answered)
+def test_references_are_made_shuffled_and_cut_and_the_same_command_goes_on(serve, tmp_path):
+    pcogalign_folder(tmp_path, {"HCMAS-test": 20, "HCSHR-test": 10})
+    server, _ = serve(lambda prompt, n: fails(400) if "test 3" in prompt else answered(prompt, n))
     with refused(r"HCMAS-golden-train\.json.*--make-references"):
-        load("pcogalign", "--task-root", unanswered)
-    make_references(unanswered, server)
+        load("pcogalign", "--task-root", tmp_path)
+    with refused("1 of 20 .*same command"):
+        make_references(tmp_path, server)
+    server.plan, server.requests = answered, []
+    make_references(tmp_path, server)
+    asked = " ".join(r.messages[0]["content"] for r in server.requests)
+    assert asked.count("HCMAS-test") == 1 and asked.count("HCSHR-test") == 10
+    assert "Child at Home" in asked and "a fire" in asked and "stay calm" in asked
     for name, size in (("HCMAS", 16), ("HCSHR", 8)):
-        rows, train, test = [json.loads((unanswered / f"{name}-{part}.json").read_text())
+        rows, train, test = [json.loads((tmp_path / f"{name}-{part}.json").read_text())
                              for part in ("test", "golden-train", "golden-test")]
         random.Random(42).shuffle(rows)
         assert train + test == [{**r, "golden_response": f"To: {r['query']}"} for r in rows]
         assert len(train) == size
-    asked = server.requests[0].messages[0]["content"]
-    assert "Child at Home" in asked and "a fire" in asked and "stay calm" in asked
-
-
-def test_references_that_fail_are_counted_and_the_same_command_goes_on(serve, unanswered):
-    server, _ = serve(lambda prompt, n: fails(400) if "test 3" in prompt else answered(prompt, n))
-    with refused("1 of 20 .*same command"):
-        make_references(unanswered, server)
-    server.plan, server.requests = answered, []
-    make_references(unanswered, server)
-    asked = " ".join(r.messages[0]["content"] for r in server.requests)
-    assert asked.count("HCMAS-test") == 1 and asked.count("HCSHR-test") == 10
 
 
 # ---- eval.py: metrics ------------------------------------------------------------------------
@@ -1845,7 +1687,7 @@ def test_gain_by_hand():
 
 def config_folder(folder, **args) -> Path:
     """A run folder as far as its config.json."""
-    put(folder / "config.json", {"args": args, "data": {}, "base": "", "space": "latent",
+    write(folder / "config.json", {"args": args, "data": {}, "base": "", "space": "latent",
                                  "parent": None, "sha256": None})
     return folder
 
@@ -1901,9 +1743,7 @@ def test_draws_are_keyed_by_seed_and_row_whatever_the_batches():
 def test_predictions_hold_each_answers_own_reply_and_the_firsts_codes():
     def judge(rows, answers):
         return [f"{r['id']}: {answer}" for r, answer in zip(rows, answers, strict=True)]
-    rows, agent = [{**r, "reference": "x"} for r in ROWS], copy.copy(tiny_agent())
-    agent.encoder = copy.copy(agent.encoder)
-    agent.encoder.stop_ids = torch.arange(80)       # answers of different lengths
+    rows, agent = [{**r, "reference": "x"} for r in ROWS], stopping()
     _, found = evaluation.evaluate(agent, task_of(judge=judge, max_new_tokens=6), {"id": rows}, 0,
                                    2 ** 14, {"greedy": (0.0, 1), "sampled": (1.0, 2)})
     assert [p["mode"] for p in found] == ["greedy"] * 3 + ["sampled"] * 3
@@ -1920,20 +1760,13 @@ def test_predictions_hold_each_answers_own_reply_and_the_firsts_codes():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A finished run of a tiny agent on ROOT/task.jsonl: at most 5 tokens, temperature 0.6."""
-    root, agent = tmp_path_factory.mktemp("root"), copy.deepcopy(tiny_agent())
+    root = tmp_path_factory.mktemp("root")
     rows = [asks(f"Who? {n}", "I.", split=split, dimensions=["Wit", "Tone"])
             for n, split in enumerate(("sft", "rl", "id", "id", "id", "ood"))]
-    for part in (agent.backbone, agent.encoder.tokenizer, agent.encoder.processor):
-        part.save_pretrained(root / "tiny/base")
-    agent.base_hash = kit.file_hash(root / "tiny/base/model.safetensors")
-    args = train_rl.arguments().parse_args([
-        "--run-root", str(root), "--task", write(root / "task.jsonl", rows), "--codes", "16",
-        "--idm-layers", "1", "--policy-layers", "1", "--image-tokens", "4", "--steps", "1",
-        "--seed", "0", "--temperature", "0.6", "--max-new-tokens", "5", "--device", "cpu"])
-    run = kit.Run(args, root / "tiny/rl-task-latent-s0", agent, {})
-    run.finish(projector=agent.projector.requires_grad_(), world=agent.world.requires_grad_(),
-               codebook=agent.codebook.requires_grad_(), policy=agent.policy.requires_grad_())
-    return run.folder
+    flags = f"--temperature 0.6 --max-new-tokens 5 --task {write(root / 'task.jsonl', rows)}"
+    qwen_folder(root / "tiny/base", shard="9GB")
+    return finish_run(root, "rl-task-latent-s0", copy.deepcopy(tiny_agent()), "projector", "world",
+                      "codebook", "policy", flags=flags.split(), script=train_rl)
 
 
 def evaluated(folder, out, *flags) -> list[dict]:
@@ -1973,9 +1806,9 @@ def test_a_rescore_of_another_file_is_refused(tmp_path, text):
 @pytest.mark.parametrize("name,values", [("task", ("mini", __file__)), ("temperature", (0.5, 1.0)),
                                          ("max_new_tokens", (5, 6))])
 def test_runs_that_differ_in_what_is_asked_of_them_are_refused(tmp_path, name, values):
-    usual, runs = {"seed": 0, "task": "mini", "temperature": 1.0, "max_new_tokens": 4}, []
-    for value in values:
-        runs.append(str(config_folder(tmp_path / f"tiny/{len(runs)}", **{**usual, name: value})))
+    usual = {"seed": 0, "task": "mini", "temperature": 1.0, "max_new_tokens": 4}
+    runs = [str(config_folder(tmp_path / f"tiny/{n}", **{**usual, name: value}))
+            for n, value in enumerate(values)]
     with refused(f"differ in --{name.replace('_', '-')} .*{values[1]}"):
         evaluation.main([*runs, "--device", "cpu"])
 
@@ -2022,37 +1855,24 @@ def test_one_talks_to_a_run_past_a_line_it_cannot_take(finished, tmp_path, capsy
 
 # ---- eval.py: the page -----------------------------------------------------------------------
 
-nasty = "<script src='http://x.y'>{}</script>".format
 
-
-def page_of(folder, pictures=()) -> str:
-    """A page of one prompt with nasty texts in all places, of a run with codes and one without."""
-    r = row("<image>" * len(pictures) + nasty("message"), nasty("answer"), pictures, "r")
+def test_the_page_needs_nothing_but_itself_and_shows_what_rows_runs_and_the_log_have(tmp_path):
+    """One prompt with nasty texts in all places, a run with codes and one without."""
+    nasty = "<script src='http://x.y'>{}</script>".format
+    r = row("<image>" + nasty("message"), nasty("answer"), [picture()], "r")
     p = prediction(5, id="r", answers=[nasty("answer")], tokens=[nasty("token"), "y", " x", " x"],
                    codes=[3, 11, 11, 11])
     task = task_of(("d",), {"id": [{**r, "reference": nasty("reference")}]})
     gains = {"reward": evaluation.gain_table(task, [p, p], [p, p])}
-    write(folder / "log.jsonl", [{"reward_mean": 0.1, "kl": None}] * 3)
-    evaluation.write_page(folder / "page.html", task, nasty("title"), gains, {
-        nasty("run"): [p], "plain": [prediction(5, id="r")]}, folder / "log.jsonl")
-    return (folder / "page.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("place", ["title", "run", "message", "reference", "answer", "token"])
-def test_what_comes_from_rows_and_runs_is_shown_escaped(tmp_path, place):
-    page = page_of(tmp_path)
-    assert f"&#x27;&gt;{place}&lt;/script&gt;" in page and "<script" not in page
-
-
-def test_the_page_needs_nothing_but_itself(tmp_path):
-    page = page_of(tmp_path, [picture()])
+    write(tmp_path / "log.jsonl", [{"reward_mean": 0.0, "kl": None}] * 3)
+    evaluation.write_page(tmp_path / "page.html", task, nasty("title"), gains, {
+        nasty("run"): [p], "plain": [prediction(5, id="r")]}, tmp_path / "log.jsonl")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for place in ("title", "run", "message", "reference", "answer", "token"):
+        assert f"&#x27;&gt;{place}&lt;/script&gt;" in page, place
     for tag in re.findall("<[^>]*>", page):
         assert not re.search(r"https?:|href|@import|url\(|\son\w+=|<script|<link|<iframe", tag), tag
     assert re.search('<img[^>]* src="data:image/jpeg;base64,', page)
-
-
-def test_the_page_shows_gains_rewards_codes_and_what_the_log_has(tmp_path):
-    page = page_of(tmp_path)
     assert "+0.000 ± 0.000" in page and page.count(": 0.50</small>") == 2
     assert re.search("<td>3</td><td>25.0%.*<td>11</td><td>75.0%</td><td>x 67%  y 33%</td>", page)
     assert page.count("<h2>Codes") == page.count("<svg") == page.count("reward_mean") == 1
@@ -2099,24 +1919,15 @@ def test_gaussian_nll_by_hand_without_a_gradient_to_the_target():
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2]], ids=["mixed", "images", "text"])
 def test_projector_losses_by_brute_force(rows, cycle):
     """Of tokens after an image P and P'; of rows without one the cycle, if it is asked for."""
-    agent, batch, wanted = tiny_agent(), collated(rows), {"loss_paired": 0.0, "loss_cycle": 0.0}
-    P, P_inv, nll = agent.projector.P, agent.projector.P_inv, stage1.gaussian_nll
-    all_e, all_e_t = agent.embeddings(batch), agent.text_embeddings(batch)
-    for b, t in batch.real.nonzero().tolist():
-        e, e_t = all_e[b, t], all_e_t[b, t]
-        if batch.seen_image[b, t]:
-            wanted["loss_paired"] += float(nll(*P(e_t), e) + nll(*P_inv(e), e_t))
-        elif cycle and not batch.has_image[b]:
-            wanted["loss_cycle"] += float(nll(*P_inv(P.mu(e)), e))
-    losses = stage1.projector_losses(agent, batch, all_e, cycle)
-    assert {name: x.item() for name, x in losses.items()} == pytest.approx(wanted, rel=1e-4)
-
-
-def test_projector_masks_mark_tokens_after_an_image_and_those_of_text_only_rows():
-    counts = kit.token_counts(stage1.projector_masks([collated(), collated(ROWS[1:2])]))
-    front, text, two = examples()
-    assert counts == {"loss_paired": int(front.seen_image.sum() + two.seen_image.sum()),
-                      "loss_cycle": 2 * len(text.tokens)}
+    agent, batch, nll = tiny_agent(), collated(rows), stage1.gaussian_nll
+    P, P_inv, e = agent.projector.P, agent.projector.P_inv, agent.embeddings(batch)
+    seen, alone = batch.seen_image, batch.real & ~batch.has_image[:, None]
+    e_vt, e_t = e[seen], agent.text_embeddings(batch)[seen]
+    losses = stage1.projector_losses(agent, batch, e, cycle)
+    close(losses["loss_paired"], (nll(*P(e_t), e_vt) + nll(*P_inv(e_vt), e_t)).sum(), 1e-4)
+    close(losses["loss_cycle"], cycle * nll(*P_inv(P.mu(e[alone])), e[alone]).sum(), 1e-4)
+    assert kit.token_counts(stage1.projector_masks([batch])) == {
+        "loss_paired": max(1, seen.sum()), "loss_cycle": max(1, alone.sum())}
 
 
 def test_the_projectors_report_by_brute_force():
@@ -2130,16 +1941,6 @@ def test_the_projectors_report_by_brute_force():
                   "cycle": P_inv.mu(P.mu(e_t)) - e_t}
         wanted = {column: errors[column].square().mean().item() for column in columns}
         assert report[name] == pytest.approx(wanted, rel=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
-def test_orthogonalised_keeps_singular_vectors_and_brings_singular_values_near_1(shape):
-    """To float32's precision: fails if it is computed in bfloat16."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    U, S, V = torch.linalg.svd(x, full_matrices=False)
-    values = U.T @ stage1.orthogonalised(x) @ V.T
-    assert S.max() > 3 * S.min() and 0.6 < values.diag().min() and values.diag().max() < 1.25
-    close(values, values.diag().diag(), 1e-4)
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24)])
@@ -2183,20 +1984,16 @@ def test_a_files_data_are_its_name_and_size_wherever_it_lies(tmp_path):
 
 
 def test_the_toy_worlds_data_are_its_cast_and_its_numbers_of_rows(monkeypatch):
-    first = stage1.data_of(data_args("--model", "tiny"))
-    monkeypatch.setattr(stage1, "WORLD", stage1.WORLD + 1)
-    recast = stage1.data_of(data_args("--model", "tiny"))
-    monkeypatch.setitem(stage1.CORPUS, "text", stage1.CORPUS["text"] + 1)
-    more_text = stage1.data_of(data_args("--model", "tiny"))
-    assert first["paired"] != recast["paired"] == more_text["paired"]
-    assert len({first["text"], recast["text"], more_text["text"]}) == 3
+    monkeypatch.setattr(stage1, "WORLD", 77)
+    monkeypatch.setitem(stage1.CORPUS, "text", 88)
+    data = stage1.data_of(data_args("--model", "tiny"))
+    assert "77" in data["paired"] and "88" not in data["paired"]
+    assert "77" in data["text"] and "88" in data["text"]
 
 
-@pytest.mark.parametrize("flags,remedy", [
-    (["--model", "m", "--text", "t"], "--paired FILE"), (["--paired", "p"], "--text.*--without")])
-def test_corpora_that_are_not_named_are_asked_for(flags, remedy):
-    with pytest.raises(UserError, match=remedy):
-        stage1.corpora(data_args(*flags), tiny_agent().encoder)
+def test_paired_rows_that_are_not_named_are_asked_for():
+    with pytest.raises(UserError, match="--paired FILE"):
+        stage1.corpora(data_args("--model", "m", "--text", "t"), tiny_agent().encoder)
 
 
 # ---- train_idm.py ----------------------------------------------------------------------------
@@ -2247,15 +2044,11 @@ def inverse_losses(agent, rows):
     return train_idm.inverse_losses(agent, batch, agent.states(batch), noise)
 
 
-@pytest.mark.parametrize("split", [[ROWS], [ROWS[1:], ROWS[:1]], [[r] for r in ROWS]], ids=len)
-def test_inverse_losses_by_brute_force_in_any_batch_split(monkeypatch, split):
+def test_inverse_losses_by_brute_force(monkeypatch):
     monkeypatch.setattr(train_idm, "ENTROPY", 0.5)
-    total, wanted = {}, {"entropy": 0.0, "codes": 0}
-    for rows in split:
-        losses, figures = inverse_losses(tiny_agent(), rows)
-        for name, value in (losses | figures).items():
-            total[name] = total.get(name, 0) + value
-    counts = kit.token_counts(train_idm.inverse_masks([collated(rows) for rows in split]))
+    losses, figures = inverse_losses(tiny_agent(), ROWS)
+    found, wanted = losses | figures, {"entropy": 0.0, "codes": 0}
+    counts = kit.token_counts(train_idm.inverse_masks([collated()]))
     for kind, rows in (("paired", [ROWS[0], ROWS[2]]), ("text", [ROWS[1]])):
         idm, noise, _, ce, _ = labelled(rows)
         hot, p = F.one_hot((idm + noise).argmax(-1), 16), idm.softmax(-1)
@@ -2263,9 +2056,9 @@ def test_inverse_losses_by_brute_force_in_any_batch_split(monkeypatch, split):
         wanted |= {f"ce_{kind}": ce, f"inverse_{kind}": ce - 0.5 * entropy,
                    "entropy": wanted["entropy"] + entropy, "codes": wanted["codes"] + hot.sum(0)}
         assert counts[f"inverse_{kind}"] == len(idm)
-    assert losses.keys() == counts.keys() and total.keys() == wanted.keys()
+    assert losses.keys() == counts.keys() and found.keys() == wanted.keys()
     for name in wanted:
-        close(total[name], wanted[name], 1e-4)
+        close(found[name], wanted[name], 1e-4)
 
 
 def test_inverse_losses_reach_idm_codebook_and_merge_and_never_the_projector():
@@ -2318,20 +2111,12 @@ def test_token_losses_are_the_token_policys_own_under_the_masked_vocabulary():
     assert torch.equal(hits, loss < math.log(2))
 
 
-POLICY = ("policy.",)
-TEXT = "backbone.model.language_model."             # of two layers, of which the last one trains
-RELEASE = ("backbone.model.visual.", TEXT + "layers.1.", TEXT + "norm.", TEXT + "embed_tokens.")
-
-
-@pytest.mark.parametrize("losses,space,trains", [
-    (train_bc.code_losses, "latent", POLICY), (train_bc.token_losses, "token", POLICY),
-    (train_bc.release_losses, "latent", RELEASE)])
-def test_cloning_reaches_the_policy_alone_and_the_release_all_that_it_trains(losses, space, trains):
-    agent = copy.deepcopy(tiny_agent(space)).requires_grad_(trains is POLICY)
-    if trains is RELEASE:
-        train_bc.train_last_layers(agent)
+@pytest.mark.parametrize("losses,space", [
+    (train_bc.code_losses, "latent"), (train_bc.token_losses, "token")])
+def test_cloning_reaches_the_whole_policy_and_nothing_else(losses, space):
+    agent = copy.deepcopy(tiny_agent(space)).requires_grad_(True)
     losses(agent, collated())[0].sum().backward()
-    assert reached(agent) == {n for n, _ in agent.named_parameters() if n.startswith(trains)}
+    assert reached(agent) == {f"policy.{name}" for name, _ in agent.policy.named_parameters()}
 
 
 def test_the_report_of_cloning_by_brute_force():
@@ -2346,16 +2131,37 @@ def test_the_report_of_cloning_by_brute_force():
         assert line["codes_used"] == len(policy.argmax(-1).unique())
 
 
+def test_without_codebook_an_action_is_a_rank_and_reachable_next_tokens_are_cloned():
+    agent = copy.deepcopy(tiny_agent())
+    agent.structure["without"] = ["codebook"]
+    batch = collated()
+    states, predicts = agent.states(batch), batch.predicts.clone()
+    likeliest = (agent.backbone.lm_head(states) + agent.token_bias).argsort(-1, descending=True)
+    likeliest, wanted = likeliest[..., :16], []
+    train_bc.keep_reachable(agent, batch)
+    for b, t in predicts.nonzero().tolist():
+        ranks = likeliest[b, t].tolist()
+        token = int(batch.tokens[b, t + 1])
+        assert bool(batch.predicts[b, t]) == (token in ranks)
+        if token in ranks:
+            wanted.append(ranks.index(token))
+    assert train_bc.codes_to_clone(agent, batch, states).tolist() == wanted
+    assert 0 < len(wanted) < predicts.sum() and not (batch.predicts & ~predicts).any()
+    ranks = torch.arange(16)
+    assert torch.equal(agent.next_tokens(states[0, :1].expand(16, -1), ranks), likeliest[0, 0])
+
+
 # ---- train_rl.py -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale,wanted", [
     ("none", [-0.5, 0.5, 0.0, 0.0]), ("group", [-0.5 / 0.5, 0.5 / 0.5, 0.0, 0.0])])
-def test_advantages_by_hand(scale, wanted):
+def test_advantages_by_hand_of_groups_that_vary(scale, wanted):
     """The deviation is unbiased, sqrt((.25 + .25 + 0) / 2), of judged answers alone; one of them,
-    or equal ones, say nothing."""
-    rewards = torch.tensor([[0.0, 1.0, 0.5, NAN], [NAN, NAN, NAN, 0.7], [0.3, 0.3, 0.3, 0.3]])
+    or equal ones, say nothing. Three times .9 have a deviation in float32."""
+    rewards = torch.tensor([[0.0, 1.0, 0.5, NAN], [NAN, NAN, NAN, 0.7], [0.9, 0.9, 0.9, NAN]])
     close(train_rl.advantages(rewards, scale), [wanted, [0.0] * 4, [0.0] * 4], 1e-3)
+    assert [train_rl.varies(group) for group in rewards] == [True, False, False]
 
 
 def test_the_beta_advantage_by_hand():
@@ -2381,50 +2187,12 @@ def test_overlong_punishment_by_hand():
     close(train_rl.overlong_punishment(lengths, 100, 0.2), [0, 0, -0.25, -0.5, -1, -1])
 
 
-def test_the_surrogate_by_hand_and_clipped_tokens_have_no_gradient():
-    ratio, A = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    logps = ratio.log().requires_grad_()
-    loss, clipped = train_rl.surrogate(logps, torch.zeros(5), A, 0.2, 0.28)
-    close(loss, [-1.28, 1.5, -0.5, 0.8, -2.2])
-    close(torch.autograd.grad(loss.sum(), logps)[0], [0, 1.5, -0.5, 0, -2.2])
-    assert clipped.tolist() == [True, False, False, True, False]
-
-
-def test_k3_and_its_gradient_by_hand():
-    logps = torch.tensor([0.0, 0.3], requires_grad=True)
-    estimate = train_rl.k3(logps, torch.tensor([0.5, 0.3]))
-    close(estimate, [math.exp(0.5) - 1.5, 0])
-    close(torch.autograd.grad(estimate.sum(), logps)[0], [1 - math.exp(0.5), 0])
-
-
 @pytest.mark.parametrize("aggregate,weights", [
     ("sequence", [1 / 8, 1 / 12]), ("length", [1 / 40] * 2), ("tokens", [1 / 9] * 2),
     ("sum", [1 / 4] * 2), ("local", [1 / 9] * 2)])
 def test_token_weights_by_hand(aggregate, weights):
     """Answers of 2 and 3 tokens, of 4 answers and 9 tokens in all, at most 10 each."""
     close(train_rl.token_weights(aggregate, torch.tensor([2, 3]), 4, 9, 10), weights)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 99])
-@pytest.mark.parametrize("space,first", [("latent", 0), ("token", 50)])
-def test_action_logprobs_equal_brute_force_in_any_chunk(space, first, chunk_rows):
-    agent, actions = tiny_agent(space), torch.arange(first, first + 7)
-    h = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logits = agent.policy.head(h) / 0.7
-    if space == "token":
-        logits[:, agent.encoder.vision_ids] = -math.inf
-    chunk = chunk_rows * agent.policy.head.out_features
-    got, entropy = train_rl.action_logprobs(agent, agent.policy, h, actions, 0.7, chunk)
-    wanted = logits.log_softmax(-1)[range(7), actions]
-    close(got, wanted)
-    close(entropy, torch.special.entr(logits.softmax(-1)).sum(-1))
-    close(*(torch.autograd.grad(x.square().sum(), h)[0] for x in (got, wanted)))
-
-
-@pytest.mark.parametrize("rewards,answer", [
-    ([0.3] * 7, False), ([0.3, 0.31], True), ([NAN, 0.5], False), ([NAN, 0.5, 0.6], True)])
-def test_a_groups_rewards_vary_if_two_judged_ones_differ(rewards, answer):
-    assert train_rl.varies(torch.tensor(rewards)) == answer
 
 
 def next_ids(prompts, n):
@@ -2486,6 +2254,9 @@ def test_answers_are_keyed_by_place_and_row_and_not_by_the_split_into_parts():
     assert len({whole[1], whole[7], renamed[1], texts({1: ROWS[0]}, step=1)[1]}) == 4
     for places in ([4, 1, 7], [7, 4], [1]):         # in parts of one prompt; and as other ranks do
         assert texts({p: rows[p] for p in places}) == {p: whole[p] for p in places}
+    cold = rl_args("--temperature", "1e-6")
+    group = train_rl.play(stopping(), rl_task(lambda *_: 1), {1: ROWS[0]}, cold, 0)[1]
+    assert len(set(group.texts)) == 1 < len(set(whole[1]))
 
 
 def collected(monkeypatch, varied, *extras):
@@ -2678,9 +2449,7 @@ def test_step_figures_by_hand():
 
 @pytest.mark.parametrize("flags,changed", [
     ([], {}), (["--beta", "0"], {"beta": 0.0}), (["--extras"], {"extras": []}),
-    (["--extras", "overlong"], {"extras": ["overlong"]}),
-    (["--clip", "0.1", "0.5"], {"clip": [0.1, 0.5]}),
-    (["--scale", "none", "--aggregate", "sum"], {"scale": "none", "aggregate": "sum"})])
+    (["--clip", "0.1", "0.5", "--scale", "none"], {"clip": [0.1, 0.5], "scale": "none"})])
 def test_flags_override_a_rows_entries_and_leave_the_others(monkeypatch, flags, changed):
     mine = train_rl.Algorithm("beta", [0.3, 0.4], "length", 0.5, ["dynamic-sampling"])
     monkeypatch.setitem(train_rl.ALGORITHMS, "mine", mine)
@@ -2692,23 +2461,6 @@ def test_more_ranks_than_prompts_are_refused():
     train_rl.fill_algorithm(rl_args("--prompts", "3"), ranks=3)
     with pytest.raises(UserError, match="--prompts 3.*4 ranks"):
         train_rl.fill_algorithm(rl_args("--prompts", "3"), ranks=4)
-
-
-def test_a_task_without_prompts_to_train_on_is_refused(tmp_path):
-    task = write(tmp_path / "task.jsonl", [asks(split="sft")])
-    with pytest.raises(UserError, match=r"task\.jsonl.*split rl"):
-        train_rl.main(["--task", task, "--run-root", str(tmp_path)])
-
-
-@pytest.mark.parametrize("had,asked", [("latent", "token"), ("token", "latent"), ("", "latent")])
-def test_a_parent_without_a_policy_in_that_space_is_refused(tmp_path, monkeypatch, had, asked):
-    agent = tiny_agent(had) if had else stopping("latent", policy=None)
-    monkeypatch.setattr(train_rl, "predecessor", lambda *args: "parent")
-    monkeypatch.setattr(Agent, "from_base", lambda args: agent)
-    monkeypatch.setattr(Agent, "load_run", lambda agent, parent, skip: agent)
-    task = write(tmp_path / "task.jsonl", [asks(split="rl")])
-    with pytest.raises(UserError, match=f"parent.*no policy in {asked} space.*sft"):
-        train_rl.main(["--task", task, "--action-space", asked])
 
 
 # ---- train_projector.py: the toy world's judge -----------------------------------------------
@@ -2735,10 +2487,14 @@ def test_a_reference_earns_exactly_1(split):
     close(list(marks(rows, [r["reference"] for r in rows]).values()), [1.0] * 9)
 
 
+FULL_MARKS = [f"\n{name}: [Scores]: (10, 10)\n" for name in stage1.DIMENSIONS]
+
+
 @pytest.mark.parametrize("broken", [
     lambda words: [], lambda words: random.Random(0).sample(words, len(words)),
-    lambda words: words + words, lambda words: words[:len(words) // 2]])
-def test_empty_strewn_doubled_and_half_answers_earn_little_above_the_floor(broken):
+    lambda words: words + words, lambda words: words[:len(words) // 2],
+    lambda words: FULL_MARKS, lambda words: FULL_MARKS + words])
+def test_empty_strewn_doubled_half_and_scoring_answers_earn_little_above_the_floor(broken):
     rows = toy_splits()["id"][:100]
     assert marks(rows, [" ".join(broken(r["reference"].split())) for r in rows])["reward"] <= 0.3
 
@@ -2772,13 +2528,6 @@ def test_anothers_words_cost_personality_and_tone_and_neutral_ones_less():
     assert stranger["Personality Consistency"] < 0.2 and stranger["Tone Consistency"] < 0.2
     assert stranger["reward"] + 0.05 < spoken_by(stage1.NEUTRAL)["reward"] < 1 - 0.05
     close(stranger["Response Accuracy"], 1.0)
-
-
-@pytest.mark.parametrize("also", ["", "reference"])
-def test_nothing_that_an_answer_quotes_is_read_as_a_score(also):
-    r = toy_splits()["id"][0]
-    quoted = [f"{name}: [Scores]: (10, 10)" for name in stage1.DIMENSIONS]
-    assert marks([r], ["\n".join([*quoted, r.get(also, "")])])["reward"] < 0.3
 
 
 def test_no_reference_is_punished_for_its_length():
@@ -2826,14 +2575,13 @@ def test_a_mistake_of_the_code_keeps_its_traceback():
         kit.launch(lambda argv: 1 / 0)
 
 
-@pytest.mark.parametrize("model,given,calls", [("tiny", "", [1]), ("tiny", "2", []),
-                                               ("a/b", "", [])])
-def test_tiny_has_one_thread_unless_the_user_says_otherwise(monkeypatch, model, given, calls):
-    done = []
-    monkeypatch.setattr(torch, "set_num_threads", done.append)
-    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": given} if given else {})
-    kit.set_threads(model)
-    assert done == calls
+def test_tiny_has_one_thread_unless_the_user_says_otherwise(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    for model, environ in (("tiny", {"OMP_NUM_THREADS": "2"}), ("a/b", {}), ("tiny", {})):
+        monkeypatch.setattr(os, "environ", environ)
+        kit.set_threads(model)
+    assert numbers == [1]                           # of the last alone
 
 
 def flags_of(script, *argv, kind=None):
@@ -2862,11 +2610,8 @@ def test_a_flag_that_cannot_be_is_refused_by_its_name(capsys, argv):
 
 
 @pytest.mark.parametrize("module", [*STAGES.values(), evaluation], ids=lambda m: m.__name__)
-def test_help_shows_every_flag_and_every_kinds_defaults(module):
+def test_help_can_be_shown_and_holds_every_kinds_defaults(module):
     text = module.arguments().format_help()     # fails for a "%" in a help that is not doubled
-    for action in module.arguments()._actions:
-        for flag in action.option_strings:
-            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), flag
     for kind, scales in getattr(module, "DEFAULTS", {}).items():
         for scale, values in scales.items():
             line, = re.findall(rf"^{kind} {scale}  .*", text, re.M)
@@ -2999,10 +2744,8 @@ def test_a_finished_predecessor_must_share_structure_ablations_and_data(tmp_path
     folder = finished_run(tmp_path, data=data)
     flags = flags.replace("PARENT", str(folder)).split()
     args = flags_of("train_rl", "--run-root", tmp_path, "--codes", 55, *flags)
-    if differs:
-        with pytest.raises(UserError, match=differs):
-            kit.predecessor(args, data | changed, "run", recorded("train_bc"))
-    else:
+    refused = pytest.raises(UserError, match=differs) if differs else contextlib.nullcontext()
+    with refused:
         assert kit.predecessor(args, data | changed, "run", recorded("train_bc")) == folder
 
 
@@ -3014,17 +2757,14 @@ def log_of(folder) -> list[dict]:
 
 def small_loop(root, weights=0, cut=None):
     """A loop as the scripts have it; `cut` ends it in that step, between log and checkpoint."""
-    told = [row(f"Say {i}", "Yes.", (), f"t{i}") for i in range(9)]
-    run, rows = new_run(root), Stream(Rows([told]), tiny_agent().encoder, 120, seed=0)
+    run = new_run(root)
     torch.manual_seed(weights)
     layer = nn.Linear(3, 2)
-    state = {"m": layer, "rows": rows, "optimizer": torch.optim.AdamW(layer.parameters())}
+    state = {"m": layer, "optimizer": torch.optim.AdamW(layer.parameters())}
     for step in range(run.resume(state), run.steps):
-        ids = [example.id for example in rows.next()]
-        x = torch.full((1, 3), math.nan if step == 1 else len(ids) / 9)
-        layer(x).square().sum().backward()
-        norm = kit.optimizer_step(run, [state["optimizer"]], [0.1], ids)
-        run.log(step, {"norm": norm, "third": 1 / 3, "rows": ids}, "norm")
+        layer(torch.full((1, 3), NAN if step == 1 else step / 9)).square().sum().backward()
+        norm = kit.optimizer_step(run, [state["optimizer"]], [0.1], [])
+        run.log(step, {"norm": norm, "third": 1 / 3}, "norm")
         run.append("samples.jsonl", [{"step": step}])
         if step == cut:
             break
@@ -3147,7 +2887,8 @@ def test_ranks_that_find_different_checkpoints_are_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("writer", [torch.save, save_file,
-                                    lambda tensors, path: path.write_text("x" * 9999)])
+                                    lambda tensors, path: path.write_text("x" * 9999),
+                                    lambda tensors, path: (path / "in a file").write_text("")])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, writer):
     kit.write_text(tmp_path / "x", "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -3160,12 +2901,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, writer):
     assert (tmp_path / "x").read_text() == "old" and len([*tmp_path.iterdir()]) == 1
 
 
-def test_where_nothing_can_be_written_it_is_said(tmp_path):
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(UserError, match="runs/x: cannot be written.*permission"):
-        kit.write_text(tmp_path / "runs/x", "new")
-
-
 # ---- The whole chain, as a user would run it -------------------------------------------------
 
 WORDS = {"FILES": "--paired p.jsonl q.json --text t.jsonl", "TASK": "--task task.jsonl",
@@ -3173,13 +2908,7 @@ WORDS = {"FILES": "--paired p.jsonl q.json --text t.jsonl", "TASK": "--task task
                "--temperature 1 --eval-prompts 1"}
 LATENT, TOKEN = "rl-task-grpo-latent-s0", "rl-task-dapo-token-s0"
 ADAMW = torch.optim.AdamW
-
-
-class StrongMerge(kit.WorldModel):
-    """An untrained one in which codes change tokens already."""
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        shake(self, 0.15)
+WORLD_MODEL = kit.WorldModel
 
 
 def by_place(*points, dimensions=("Wit",)):
@@ -3195,9 +2924,10 @@ def by_place(*points, dimensions=("Wit",)):
 
 
 def shrink(patch):
-    """A small structure, short stages, each kind with a learning rate of its own, and descent in
-    AdamW's place: a step moves weights by lr x the gradient, so that these compare as it does."""
-    patch.setattr(kit, "WorldModel", StrongMerge)
+    """A small structure, a merge whose codes change tokens untrained, short stages, each kind with a
+    learning rate of its own, and descent in AdamW's place: a step moves weights by lr x the
+    gradient, so that these compare as it does."""
+    patch.setattr(kit, "WorldModel", lambda *sizes: shake(WORLD_MODEL(*sizes), 0.15))
     patch.setattr(torch.optim, "AdamW", lambda params, **_: torch.optim.SGD(params, momentum=0.9))
     patch.setitem(kit.STRUCTURE, "tiny",
                   {"codes": 8, "idm_layers": 1, "policy_layers": 1, "image_tokens": 4})
@@ -3300,13 +3030,10 @@ def test_chain_leaves_agents_that_chat(in_chain, folder):
     assert all(said) and said[0] != said[1]
 
 
-def test_chain_repeated_is_finished_and_other_arguments_are_refused(in_chain, ends, capfd):
-    command = "train_rl FILES TASK RL --algo grpo"
+def test_chain_repeated_is_finished(in_chain, capfd):
     before = (in_chain / LATENT / "model.safetensors").stat()
-    stage(command)
+    stage("train_rl FILES TASK RL --algo grpo")
     assert f"{LATENT} is finished" in capfd.readouterr().out
-    status, said = ends(*argv_of(f"{command} --steps 3"))
-    assert status == 2 and re.search(f"{LATENT} .*steps: 2 -> 3", said)
     assert (in_chain / LATENT / "model.safetensors").stat() == before
 
 
@@ -3318,33 +3045,36 @@ def test_chain_of_an_ablation_has_its_own_folders_and_lacks_the_term(in_chain, w
     logged = log_of(in_chain / f"idm-without-{without}")[0]
     terms = ("ce_paired", "ce_text", "loss_paired", "loss_cycle")
     assert {name for name in terms if not logged.get(name)} == absent
-    agent = Agent.from_run(in_chain / f"{LATENT}-without-{without}", "cpu")
-    assert (agent.projector is None) == (without == "projector")
+    assert (in_chain / f"{LATENT}-without-{without}/model.safetensors").exists()
+
+
+def test_chain_without_codebook_has_neither_inverse_dynamics_nor_world_model(in_chain):
+    stage("train_rl FILES TASK RL --algo grpo --without codebook")
+    assert not (in_chain / "idm-without-codebook").exists()
+    agent = Agent.from_run(in_chain / f"{LATENT}-without-codebook", "cpu")
+    assert agent.world is agent.codebook is None and agent.chat("Hi", max_new_tokens=4)
 
 
 def test_chain_release_trains_vision_tower_last_layers_norm_and_embeddings_alone(in_chain):
     trained = load_file(in_chain / "sft-task-latent-release/model.safetensors")
-    before = Agent.from_run(in_chain / LATENT, "cpu").backbone.state_dict()
-    wanted, text = set(), "model.language_model."
-    for part in ("model.visual.", f"{text}layers.1.", f"{text}norm.", f"{text}embed_tokens."):
-        names = {name for name in before if name.startswith(part)}
-        assert not all(torch.equal(before[name], trained[f"backbone.{name}"]) for name in names)
-        wanted |= {f"backbone.{name}" for name in names}
-    assert trained.keys() == wanted
+    before = Agent.from_run(in_chain / LATENT, "cpu").state_dict()
+    part_of = re.compile(r"backbone\.model\.(visual|language_model\.(layers\.1|norm|embed_.*))\.")
+    assert trained.keys() == {name for name in before if part_of.match(name)}
+    moved = [name for name, value in trained.items() if not torch.equal(value, before[name])]
+    assert len({part_of.match(name)[1] for name in moved}) == 4
 
 
 def test_chain_labels_of_the_release_are_all_text(in_chain, monkeypatch):
-    inner, seen = train_bc.release_losses, []
+    inner, labels = train_bc.release_losses, []
 
     def losses(agent, batch):
-        seen.append((agent.encoder, batch))
+        rows = {r["id"]: agent.encoder.encode(r) for r in Rows(["task.jsonl"])}
+        for row_id, marks in zip(batch.row_ids, batch.predicts):
+            labels.append((marks.sum(), rows[row_id].predicts.sum()))
         return inner(agent, batch)
     monkeypatch.setattr(train_bc, "release_losses", losses)
     stage("train_bc FILES TASK --sft release --name labels --steps 1")
-    (encoder, batch), = seen
-    by_id = {r["id"]: encoder.encode(r) for r in Rows(["task.jsonl"])}
-    for row_id, marks in zip(batch.row_ids, batch.predicts):
-        assert marks.sum() == by_id[row_id].predicts.sum()
+    assert labels and all(ours == whole for ours, whole in labels)
 
 
 @pytest.mark.parametrize("command,folder,parent", [
@@ -3374,9 +3104,6 @@ def test_chain_a_judge_of_no_use_stops_before_anything_is_learnt_or_logged(in_ch
     assert status == 2 and re.search("8 of 12 .*judge", said)
     run = in_chain / f"{LATENT}-judged"
     assert not (run / "log.jsonl").exists() and not (run / "state/last.pt").exists()
-    shrink(monkeypatch)                             # the judge seen to: the same command
-    stage(f"{JUDGED} grpo")
-    assert len(log_of(run)) == 2
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dapo", "dr_grpo"])
@@ -3407,13 +3134,12 @@ def cut_the_world(patch):
     patch.setattr(stage1, "mini_corpus", lambda kind, n, seed: few(kind, min(n, 120), seed))
     patch.setattr(stage1, "BASE_PHASES", [(name, 2, *lrs) for name, _, *lrs in stage1.BASE_PHASES])
     patch.setattr(stage1, "BASE_TOKENS", 600)
-    for sizes, n in ((stage1.CORPUS, 120), (stage1.SIZES, 24)):
-        for name in sizes:
-            patch.setitem(sizes, name, n)
+    patch.setattr(stage1, "CORPUS", dict.fromkeys(stage1.CORPUS, 120))
+    patch.setattr(stage1, "SIZES", dict.fromkeys(stage1.SIZES, 24))
 
 
 @pytest.mark.parametrize("folder,command", [
-    ("base/pretraining", "train_projector FILES"), ("idm", "train_idm FILES"),
+    ("base/pretraining", "train_projector FILES --name new"), ("idm", "train_idm FILES"),
     (LATENT, "train_rl FILES TASK RL --algo grpo"),
     (TOKEN, "train_rl FILES TASK RL --algo dapo --action-space token")])
 def test_chain_killed_at_random_steps_ends_with_the_same_bits(in_chain, monkeypatch, folder,
@@ -3423,8 +3149,6 @@ def test_chain_killed_at_random_steps_ends_with_the_same_bits(in_chain, monkeypa
     monkeypatch.setattr(kit, "SAVE_SECONDS", 0)
     cut_the_world(monkeypatch)
     shutil.rmtree(in_chain / folder.split("/")[0])
-    if "base" in folder:
-        shutil.rmtree(in_chain / "projector")
     shutil.copytree("runs", "calm")
     stage(f"{command} --steps 4 --run-root calm")
     for last in sorted(random.Random(command).sample(range(4), 2)):
@@ -3524,10 +3248,10 @@ BAD_RL = "train_rl FILES TASK RL --algo grpo --name bad"
 BAD_FILES = "train_projector --name bad --paired"
 BAD = [
     (edit("task.jsonl", asks("<image>?", images=["no.png"])), BAD_RL, r"task\.jsonl:1.*no\.png"),
-    (edit("task.jsonl", asks("<image>?", images=["http://a.org/b.png"])), BAD_RL,
-     r"task\.jsonl:1.*b\.png.*download"),
+    (edit("task.jsonl", asks(split="sft")), BAD_RL, r"task\.jsonl.*split rl"),
+    (None, f"{BAD_RL} --parent runs/tiny/idm", "tiny/idm has no policy.*sft"),
+    (None, f"{BAD_RL} --parent runs/tiny/sft-task-token", "no policy in latent space.*sft"),
     (edit("task.jsonl", asks(), tail="{"), BAD_RL, r"task\.jsonl:2.*JSON"),
-    (edit("p.jsonl", asks(), tail="{"), f"{BAD_FILES} p.jsonl --without text", r"p\.jsonl:2.*JSON"),
     (None, f"{BAD_FILES} p.jsonl", "--text.*--without text"),
     (None, f"{BAD_FILES} gone.jsonl --without text", r"gone\.jsonl.*check"),
     (None, f"{BAD_FILES} p.jsonl --without text --model ./gone", "--model .*gone: no such folder"),
@@ -3589,15 +3313,13 @@ def test_chain_losses_of_the_first_steps_are_the_golden_ones(tmp_path, monkeypat
     monkeypatch.setattr(evaluation, "judge_by_rules",
                         by_place(1, 3, 2, 9, 7, dimensions=stage1.DIMENSIONS)[0])
     new = {}
-    for name, command in {"base/pretraining": "", **COMMANDS}.items():
-        if command:
-            stage(command)
+    for command in COMMANDS.values():
+        stage(command)
     for name in ("base/pretraining", *COMMANDS):
         file, = Path("runs/tiny").glob(f"{name}*/log.jsonl")
         first = log_of(file.parent)[0]
         new[name] = {key: value for key, value in first.items()
                      if re.search("loss|^ce|norm|entropy", key)}
-        assert first.get("ratio_error", 0.0) < 1e-5
     for name, figures in GOLDEN_LOSSES.items():
         assert new[name] == pytest.approx(figures, rel=1e-3, abs=1e-6), f"GOLDEN_LOSSES = {new}"
 

@@ -76,13 +76,9 @@ class Task:
     judge: Callable[[list[dict], list[str]], list[str | None]]  # rows, answers -> replies
     max_new_tokens: int
 
-    def scores(self, reply: str | None) -> dict[str, tuple[float, float]] | None:
-        """One raw reply -> dimension -> (answer's score, reference's); None if judging failed."""
-        return None if reply is None else parse_reply(reply, self.dimensions)
-
     def points(self, reply: str | None) -> np.ndarray:
         """(2, dimensions): the answer's scores, the reference's; NaN if judging failed."""
-        scores = self.scores(reply)
+        scores = parse_reply(reply or "", self.dimensions)
         if scores is None:
             return np.full((2, len(self.dimensions)), np.nan)
         return np.array(list(scores.values())).T
@@ -118,12 +114,13 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
     A block runs from a dimension's name that begins a line (any case; list marks and bold type may
     surround it) to the next. It holds exactly one `[Scores]`, followed by two numbers that end
     their line: the answer's from 0, the reference's above 0, both to 10. Full-width forms count as
-    plain ones. What a block quotes from the answer never counts: a second mark or a name told
+    plain ones. What a block quotes from the answer never counts: a second mark or a name given
     twice makes the reply malformed."""
     text = unicodedata.normalize("NFKC", without_thoughts(reply))
     names = {unicodedata.normalize("NFKC", name).lower(): name for name in dimensions}
-    either = "|".join(map(re.escape, names))
-    _, *parts = re.split(rf"^(?:[^\w\n]|[\d_])*({either})(?:[^\w\n:]|_)*(?::|$)", text,
+    any_name = "|".join(map(re.escape, names))
+    # What stands before the first name, then each name and its block by turns.
+    _, *parts = re.split(rf"^(?:[^\w\n]|[\d_])*({any_name})(?:[^\w\n:]|_)*(?::|$)", text,
                          flags=re.I | re.M)
     heads, scores = [head.lower() for head in parts[::2]], {}
     if sorted(heads) != sorted(names) or len(MARK.findall(text)) != len(names):
@@ -140,7 +137,8 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
 
 
 def cut(rows: list, **ends: int) -> dict[str, list]:
-    """Consecutive parts of rows by name, each up to its per cent."""
+    """Consecutive parts of rows by name, each with the per cent at which it ends: train=90,
+    valid=100 are the first nine tenths and the last."""
     parts, start = {}, 0
     for name, per_cent in ends.items():
         end = len(rows) * per_cent // 100
@@ -159,8 +157,7 @@ def task_name(text: str) -> str:
 def task_flags(parser: argparse.ArgumentParser):
     """Which task, where it lies and who judges it, for every script that needs one."""
     add = parser.add_argument_group("task and judge").add_argument
-    add("--task", default="mini", type=task_name, help="one of mini (the default), mmrole and "
-        "pcogalign, or a JSON(L) file of dialogues")
+    add("--task", default="mini", type=task_name, help="mini (default), mmrole, pcogalign, FILE")
     add("--task-root", type=os.path.abspath, help="folder of the task's published files")
     add("--judge-url", help="OpenAI-compatible endpoint of a judge, its key in $JUDGE_API_KEY")
     add("--judge-model", help="the judge's model name at that endpoint")
@@ -178,11 +175,11 @@ def task_data(args) -> dict:
 
 
 def load_task(args) -> Task:
-    """The task that the flags of `task_flags` name, with its judge; `UserError` if they cannot. All
-    its pictures are looked at here, before any work, by their headers."""
+    """The task that the flags of `task_flags` name, with its judge. The headers of all its pictures
+    are read here, so that a bad one is reported before any work."""
     if args.task == "mini":
-        # One fixed draw, so that all runs share its prompts; the test prompts were drawn anew
-        # (5, after 3 and 4) when every setting had been chosen on validation prompts.
+        # Fixed seeds, so that all runs share the prompts. Those of the tests (5, after 3 and 4)
+        # were changed once every setting had been chosen on validation prompts.
         splits = mini_splits(seed=1, test_seed=5)
         task = Task("mini", DIMENSIONS, (0.1, 1.0), splits, judge_by_rules, MINI_TOKENS)
     elif args.task in TASKS:
@@ -195,10 +192,10 @@ def load_task(args) -> Task:
     if args.judge_url or args.judge_model:
         task.judge, task.bounds = endpoint_judge(args, task.dimensions), BOUNDS
     elif args.task != "mini":
-        task.judge, task.dimensions = JUDGES.get(task.name, OVERLAP)
+        task.judge, task.dimensions = JUDGES.get(task.name, OVERLAP)     # a user's, or the default
         task.bounds = (0.0, 1.0)
         say(f"judge of {task.name}: {task.judge.__name__} (no --judge-url)")
-    times = Counter()
+    times = Counter()                               # how often an id has come
     for row in sum(task.splits.values(), []):
         if args.task != "mini":
             row["reference"] = row["messages"][-1]["content"]
@@ -226,15 +223,14 @@ def file_task(file: str, image_root=None) -> Task:
             raise UserError(f"{where}: the last message must be the assistant's, the reference, "
                             "without an image and after a user's")
         names = row.get("dimensions", list(dimensions or DIMENSIONS))
-        lines = isinstance(names, list) and names and all(map(is_line, names))
-        if not lines or len({name.lower() for name in names}) < len(names) \
-                or tuple(names) != (dimensions or tuple(names)):
+        distinct = isinstance(names, list) and {name.lower() for name in names if is_line(name)}
+        if not distinct or len(distinct) < len(names) or names != list(dimensions or names):
             raise UserError(f"{where}: `dimensions` must be the same list of names in all rows")
         dimensions = tuple(names)
         if not isinstance(row.get("judge_notes", ""), str):
             raise UserError(f"{where}: `judge_notes` must be text")
         split = row.get("split")
-        if split not in list(splits):
+        if split not in list(splits):               # a list, since JSON may hold what has no hash
             raise UserError(f"{where}: split {split!r:.50} is not one of {', '.join(SPLITS)}")
         splits[split].append(row)
     unnamed = splits.pop(None)
@@ -274,27 +270,26 @@ def read_json(file: Path):
     return parse_json(file.read_bytes(), str(file))
 
 
-class Lacking(Exception):
-    """Of a published dialogue: what it lacks."""
+class Missing(Exception):
+    """A published dialogue lacks its picture, profile or answer, and is left out."""
 
 
 def existing(file: Path, what: str) -> Path:
     if not file.exists():
-        raise Lacking(f"{what}: {file}")
+        raise Missing(f"{what}: {file}")
     return file
 
 
-def usable(name: str, raws: list[dict], row_of: Callable[[dict], object]) -> list:
-    """What `row_of` makes of published dialogues; those that lack something are left out, named."""
+def convert(name: str, raws: list[dict], row_of: Callable[[dict], object]) -> list:
+    """`row_of` each published dialogue; those that lack something are left out and named."""
     rows, lacking = [], []
     for raw in raws:
         try:
             rows.append(row_of(raw))
-        except Lacking as lack:
-            lacking.append(str(lack))
+        except Missing as error:
+            lacking.append(str(error))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{name}: a dialogue is not in the published form ({error!r:.80}); see "
-                            "README, Your task") from None
+            raise UserError(f"{name}: not in the published form ({error!r:.80})") from None
     if lacking:
         say(f"note: {name}: {len(lacking)} of {len(raws)} dialogues left out, no "
             + "\n  no ".join(lacking[:5]))
@@ -305,22 +300,22 @@ def usable(name: str, raws: list[dict], row_of: Callable[[dict], object]) -> lis
 
 def turns(rows: list[dict]) -> list[dict]:
     """Dialogues as one row for each of the assistant's turns, the earlier ones as history."""
-    split = []
+    parts = []
     for row in rows:
         for n, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
-                split.append({**row, "id": f"{row['id']}#{n}", "messages": row["messages"][:n + 1]})
-    return split
+                parts.append({**row, "id": f"{row['id']}#{n}", "messages": row["messages"][:n + 1]})
+    return parts
 
 
 def published_task(name: str, dimensions, row_of, sft: list, rl: list, **tests: list) -> Task:
-    """10 % of the dialogues for SFT and RL are held out together as "valid"; what lacks a picture
-    is left out after all cuts, so that no split depends on the disk; turns become rows last.
-    Demonstrations stay whole: all their answers are fitted at once."""
+    """10 % of the dialogues for SFT and of those for RL are held out together as "valid". Dialogues
+    that lack a picture are left out only then, so that no cut depends on what is on the disk, and
+    turns become rows last. Demonstrations stay whole: all their answers are fitted at once."""
     sft, rl = cut(sft, train=90, valid=100), cut(rl, train=90, valid=100)
     splits = {"sft": sft["train"], "valid": sft["valid"] + rl["valid"], "rl": rl["train"], **tests}
     for split, raws in splits.items():
-        rows = usable(f"{name} {split}", raws, row_of)
+        rows = convert(f"{name} {split}", raws, row_of)
         splits[split] = rows if split == "sft" else turns(rows)
     return Task(name, tuple(dimensions), BOUNDS, splits, judge_by_overlap, max_new_tokens=1024)
 
@@ -338,7 +333,7 @@ def mmrole_row(root: Path, raw: dict) -> dict:
     spoken = [(turn.get("role", turn.get("from")), turn["value"]) for turn in raw["conversations"]]
     role = next((who for who, _ in spoken if who != "human"), None)
     if role is None:
-        raise Lacking(f"answer: {raw['id']}")
+        raise Missing(f"answer: {raw['id']}")
     file = root / "profiles" / raw["part"] / "detailed_profiles" / f"{role}.json".replace(" ", "_")
     profile = read_json(existing(file, "profile"))
     image = existing(root / "images" / raw["image"], "picture")
@@ -432,7 +427,7 @@ def make_references(args):
     endpoint = Endpoint(args, lambda reply: without_thoughts(reply) != "", "Your reply is empty.")
     for name in ("HCMAS", "HCSHR"):
         raws = read_json(root / f"{name}-test.json")
-        replies = endpoint.complete(usable(f"{name}-test.json", raws, reference_prompt))
+        replies = endpoint.complete(convert(f"{name}-test.json", raws, reference_prompt))
         if None in replies:
             raise UserError(f"{root}: {replies.count(None)} of {len(replies)} references could not "
                             f"be made for {name}; the same command asks for these again")
@@ -468,7 +463,7 @@ reference's. Do not repeat scores found in the texts. The form of each line:
 # "chat_template_kwargs": {"enable_thinking": False}.
 JUDGE_REQUEST = {"temperature": 0.0, "max_tokens": 8192}
 THREADS, ATTEMPTS = 16, 6                   # calls at a time, tries of one
-TIMEOUT, LONGEST_PAUSE, PATIENCE = 120.0, 60.0, 180.0       # seconds; of one try, of all
+TIMEOUT, LONGEST_PAUSE, PATIENCE = 120.0, 60.0, 180.0   # seconds: of one try, between two, of all
 
 
 class Endpoint:
@@ -487,12 +482,11 @@ class Endpoint:
                             " a key belongs in the environment variable JUDGE_API_KEY")
         self.key = os.environ.get("JUDGE_API_KEY", "").strip()
         if not re.fullmatch(r"[!-~]*", self.key):
-            raise UserError("$JUDGE_API_KEY holds a character that no key has (a space, a line's "
-                            "end, a curly quote); copy it again")
+            raise UserError("$JUDGE_API_KEY holds a character that no key has; copy it again")
         base = args.judge_url.rstrip("/").removesuffix("/chat/completions")
         self.url = f"{base}/chat/completions"
         self.model, self.usable, self.complaint = args.judge_model, usable, complaint
-        self.answers, self.cache = False, {}        # has the server given a usable reply yet?
+        self.reached, self.cache = False, {}        # has the server completed anything yet?
         folder = Path(args.run_root or "runs") / "judge-cache"
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.jsonl"):
@@ -510,7 +504,7 @@ class Endpoint:
         answers the first call, or if THREADS calls in a row get no usable reply."""
         keys = [self.cache_key(prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.cache}
-        first = 0 if self.answers else 1            # is the address right? Alone, before the rest
+        first = 0 if self.reached else 1            # alone, to see whether the address is right
         bar = tqdm(total=len(new), desc="judge", leave=False, delay=3, disable=rank() > 0)
         pool, lost = ThreadPoolExecutor(THREADS), 0
         try:
@@ -524,10 +518,9 @@ class Endpoint:
                             lost = 0
                             self.cache[key] = reply
                             file.write("\n" + json.dumps([key, reply]) + "\n")  # after a torn line
-                        if lost == THREADS or not self.answers:
-                            raise UserError(f"--judge-url {self.url}: no usable reply in {lost} "
-                                            f"calls ({reason}); see that the server runs and serves"
-                                            f" {self.model}, then run the same command again")
+                        if lost == THREADS or not self.reached:
+                            raise UserError(f"--judge-url {self.url}: {lost} calls failed "
+                                            f"({reason}); see that the server runs {self.model}")
         finally:                                    # do not wait for calls in flight
             pool.shutdown(wait=False, cancel_futures=True)
         return [self.cache.get(key) for key in keys]
@@ -561,17 +554,17 @@ class Endpoint:
 
     def post(self, messages: list[dict]) -> str:
         """The text of one completion; ValueError for one that is cut or that says nothing."""
-        body = json.dumps({"model": self.model, "messages": messages, **JUDGE_REQUEST})
-        request = urllib.request.Request(self.url, body.encode(), {
-            "Content-Type": "application/json", "User-Agent": "latent-action-rl"})
+        asked = json.dumps({"model": self.model, "messages": messages, **JUDGE_REQUEST})
+        headers = {"Content-Type": "application/json", "User-Agent": "latent-action-rl"}
+        request = urllib.request.Request(self.url, asked.encode(), headers)
         # Unredirected: the key goes to this address alone.
         request.add_unredirected_header("Authorization", f"Bearer {self.key or 'none'}")
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            said = json.load(response)
-        if "choices" not in said:
-            raise ValueError(f"no `choices` in what the server says: {said}")
-        self.answers = True
-        choice = said["choices"][0]
+            body = json.load(response)
+        if "choices" not in body:
+            raise ValueError(f"no `choices` in what the server says: {body}")
+        self.reached = True
+        choice = body["choices"][0]
         if choice.get("finish_reason") == "length":
             raise ValueError("its reply was cut at max_tokens of JUDGE_REQUEST")
         content = choice["message"]["content"] or ""
@@ -589,7 +582,7 @@ def server_words(error: urllib.error.HTTPError) -> str:
 
 
 def endpoint_judge(args, dimensions):
-    """An LLM judge: `Task.judge`. A judgement that fails for good is None: no score, left out and
+    """An LLM as `Task.judge`. A judgement that fails for good is None: no score, left out and
     counted."""
     form = f"{dimensions[0]}: ... [Scores]: (a, b)"
     complaint = ("Your reply does not have the form that was asked for. Write one line for each of "
@@ -663,14 +656,15 @@ def diversity(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def mean_states(agent: Agent, texts: list[str]) -> Tensor:
-    """Mean over tokens of the backbone's states of each text alone, (N, d): one yardstick for all
-    methods that leave the same backbone as it is (not the release's SFT)."""
+    """Embeddings of N texts for `diversity`: the mean over tokens of the backbone's states of each
+    text alone, (N, d). The same for all methods that leave the backbone as it is (not the
+    release's SFT)."""
     rows = []
     for text in texts:
         ids = agent.encoder.tokenizer.encode(text, add_special_tokens=False)
         rows.append(torch.tensor(ids or [agent.encoder.pad]))
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(agent.device)
-    states = agent.text_states(tokens).float()
+    states = agent.text_states(tokens).float()                                  # (N, T, d)
     return torch.stack([states[i, :len(ids)].mean(0) for i, ids in enumerate(rows)])
 
 
@@ -682,16 +676,16 @@ def by_split_and_mode(predictions: list[dict]) -> dict[str, list[dict]]:
 
 
 def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
-    """Figures of one split and mode from the replies' text alone (what --rescore recomputes):
-    reward and overall, the mean over answers; of n answers the deviation of overall over them,
-    the best reward, equal answers; and of each dimension the mean of answer's score / reference's
-    (which reproduces the published results.csv of MMRole)."""
+    """Figures of one split and mode from the judge's replies alone (what --rescore recomputes):
+    means over prompts and answers of reward, overall and each dimension's ratio of scores (as in
+    MMRole's published results.csv); with n > 1 answers a prompt, how overall deviates from one
+    n-th of the answers to the next, the best reward of n, the share of repeated answers."""
     points = np.array([[task.points(reply) for reply in p["replies"]] for p in predictions])
     answer, reference = np.moveaxis(points, 2, 0)                # (prompts, n, dimensions) each
     ratios = answer / reference
     rewards, overall = answer.sum(2) / reference.sum(2), ratios.mean(2)         # (prompts, n) each
-    n, figures = rewards.shape[1], {"reward": np.nanmean(np.nanmean(rewards, 1)),
-                                    "overall": np.nanmean(overall)}
+    figures = {"reward": np.nanmean(np.nanmean(rewards, 1)), "overall": np.nanmean(overall)}
+    n = rewards.shape[1]
     if n > 1:
         figures["deviation"] = np.std(np.nanmean(overall, 0), ddof=1)
         figures[f"best_of_{n}"] = np.nanmean(np.fmax.reduce(rewards, 1))
@@ -722,8 +716,8 @@ def gain_table(task: Task, before: list[dict], after: list[dict]) -> dict[str, d
 
 
 def by_seed(folders) -> dict[str, dict[tuple, Path]]:
-    """Runs of a model that differ in seed or run root alone as one group: name -> (run root, seed)
-    -> folder."""
+    """Runs of a model that differ only in seed or run root are one group: its name -> (run root,
+    seed) -> folder."""
     groups = defaultdict(dict)
     for folder in folders:
         seed = read_config(folder)["args"]["seed"]
@@ -751,9 +745,9 @@ def paired_difference(differences) -> str:
 
 
 def comparison(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
-    """One table: each group of `by_seed`, mean (deviation) of a figure over its runs, then each
-    group less the first, paired by run root and seed, with its t-interval. summaries: folder ->
-    "split mode" -> figures."""
+    """A table of one figure: its mean (deviation) over the runs of each group of `by_seed`, then
+    each group's difference to the first, paired by run root and seed, with its t-interval.
+    summaries: folder -> "split mode" -> figures."""
     groups, table = by_seed(summaries), {}
     columns = [key for key, row in next(iter(summaries.values())).items() if figure in row]
 
@@ -767,10 +761,10 @@ def comparison(summaries: dict[Path, dict], figure: str) -> dict[str, dict]:
     for name in others:
         pairs = groups[name].keys() & groups[first].keys()
         if len(pairs) > 1:
-            line = table[f"{name} - {first}"] = {"runs": len(pairs)}
+            row = table[f"{name} - {first}"] = {"runs": len(pairs)}
             for key in columns:
                 differences = values(name, key, pairs) - values(first, key, pairs)
-                line[key] = paired_difference(differences)
+                row[key] = paired_difference(differences)
     return table
 
 
@@ -781,11 +775,11 @@ MODES = {"greedy": (0.0, 1), "sampled": (1.0, 4)}      # temperature, answers a 
 
 def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new_tokens: int,
              seed: int, tokens_at_once: int) -> dict[int, Group]:
-    """n answers to every row's prompt, this rank's share of the rows: row's number -> its group.
-    Seeds are keyed by row: no batch split matters."""
-    mine = range(rank(), len(rows), world_size())
-    prompts = {r: agent.encoder.encode(rows[r], prompt=True) for r in mine}
-    order, groups = sorted(mine, key=lambda r: len(prompts[r]), reverse=True), {}
+    """n answers to the prompts of this rank's share of the rows: row's number -> group. Seeds are
+    keyed by row, so that no split into batches or over ranks matters."""
+    share = range(rank(), len(rows), world_size())
+    prompts = {r: agent.encoder.encode(rows[r], prompt=True) for r in share}
+    order, groups = sorted(share, key=lambda r: len(prompts[r]), reverse=True), {}
     for part in pack([prompts[r] for r in order], n, max_new_tokens, tokens_at_once):
         chosen = [order[i] for i in part]
         seeds = [key_seed(seed, "eval", rows[r]["id"]) for r in chosen]
@@ -796,10 +790,11 @@ def generate(agent: Agent, rows: list[dict], temperature: float, n: int, max_new
 
 def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
              tokens_at_once: int, modes: dict = MODES) -> tuple[dict, list[dict]]:
-    """Generate and judge: a table "split mode" -> figures (`summarise`), and one prediction a
-    prompt and mode, with the tokens and in latent space the codes of its first answer. Failed
+    """Generate and judge: a table "split mode" -> figures (`summarise`), and a prediction for each
+    prompt and mode, in latent space with the tokens and codes of its first answer. Failed
     judgements are left out and counted. Ranks share prompts and the judge's calls."""
-    table, predictions, decode = {}, [], agent.encoder.tokenizer.decode
+    table, predictions = {}, []
+    decode = agent.encoder.tokenizer.decode
     for split, rows in splits.items():
         for mode, (temperature, n) in modes.items():
             groups = generate(agent, rows, temperature, n, task.max_new_tokens, seed,
@@ -808,7 +803,7 @@ def evaluate(agent: Agent, task: Task, splits: dict[str, list[dict]], seed: int,
             texts = sum([group.texts for group in groups.values()], [])
             replies, part = task.judge(asked, texts), {}
             for k, (r, group) in enumerate(groups.items()):
-                row, first = rows[r], group.mask[0]
+                row, first = rows[r], group.mask[0]                 # (T,) of the first answer
                 part[r] = {"id": row["id"], "split": split, "mode": mode,
                            "prompt": row["messages"][:-1], "reference": row["reference"],
                            "answers": group.texts, "replies": replies[k * n:(k + 1) * n]}
@@ -858,7 +853,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the backbone")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     task_flags(parser)
-    parser.set_defaults(task=None)              # not given: the run's own
+    parser.set_defaults(task=None)              # the run's, unless named here
     return parser
 
 
@@ -870,7 +865,7 @@ def main(argv=None):
     if args.make_references:
         return make_references(args) if rank() == 0 else None
     folders = [Path(os.path.abspath(run)) for run in args.runs]
-    if not folders or args.chat and len(folders) > 1:
+    if not folders or (args.chat and len(folders) > 1):
         raise UserError("name run folders (one with --chat), as runs/tiny/rl-mini-dapo-latent-s0")
     if args.chat:
         return talk(load_run(folders[0], args), args)
@@ -880,13 +875,13 @@ def main(argv=None):
         if len(values) > 1:
             raise UserError(f"these runs differ in --{name.replace('_', '-')} "
                             f"({', '.join(map(str, values))}); name one for all")
-        # A warm start's limit is that of the RL beside it.
+        # A warm start names no temperature and limit: it takes those of the RL runs beside it.
         setattr(runs[0], name, next(iter(values), None))
     task = load_task(runs[0])
     task.max_new_tokens = runs[0].max_new_tokens or task.max_new_tokens
     names = args.splits or ("id", "ood")
     splits = choose_splits(task, names, args.eval_prompts)
-    if not splits or args.splits and len(splits) < len(set(names)):
+    if not splits or (args.splits and len(splits) < len(set(names))):
         raise UserError(f"--splits: task {task.name} has no prompts in some of {', '.join(names)}")
     modes = {"greedy": (0.0, 1), "sampled": (runs[0].temperature, args.samples)}
     say(f"{len(folders)} runs, {sum(map(len, splits.values()))} prompts, {1 + args.samples} "
@@ -915,11 +910,11 @@ def main(argv=None):
 
 
 def run_flags(folder: Path, args) -> argparse.Namespace:
-    """A run's own flags, with those that are given here in their places."""
-    given = {key: value for key, value in vars(args).items() if value is not None}
+    """The flags that a run was trained with, replaced where the command line sets them."""
+    flags = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": None, "task": "mini",
                                  **read_config(folder)["args"],
-                                 "run_root": folder.parent.parent, **given})
+                                 "run_root": folder.parent.parent, **flags})
 
 
 def load_run(folder: Path, args) -> Agent:
@@ -934,6 +929,8 @@ def talk(agent: Agent, args):
     """A conversation in the terminal until an empty line; earlier turns are part of the prompt."""
     messages = [{"role": "system", "content": args.system}] if args.system else []
     images = [args.image] if args.image else []
+    for image in images:
+        open_image(image, "--image")
     mark = "<image>" * len(images)              # before the first message
     with contextlib.suppress(EOFError):
         while line := input("you: "):
@@ -941,7 +938,7 @@ def talk(agent: Agent, args):
             row = {"id": "chat", "messages": asked, "images": images}
             try:
                 prompt = agent.encoder.encode(row, prompt=True)
-            except UserError as error:          # a literal special token: say it otherwise
+            except UserError as error:          # its text holds a special token, say: ask again
                 say(f"({error})")
                 continue
             group, = rollout(agent, [prompt], 1, args.max_new_tokens or 256,

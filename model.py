@@ -63,7 +63,7 @@ import zipfile
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 # Read when torch loads (so the other files import this one before torch): OpenMP threads that wait
@@ -94,6 +94,11 @@ LOGITS_AT_ONCE = 2 ** 24     # vocabulary logits that exist at a time in a loss:
 # ---- The five modules ------------------------------------------------------------------------
 
 
+def recomputed(function):
+    """`function`, what it makes inside computed again in the backward pass instead of kept."""
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
 def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=None,
                recompute: bool = False) -> Tensor:
     """Decoder layers over x (B, T, d) at positions (3, B, T) or (B, T); no final norm.
@@ -109,11 +114,6 @@ def run_layers(layers, x: Tensor, rotary, positions: Tensor, cache=None, mask=No
     return x
 
 
-def recomputed(function):
-    """`function`, whose inside is not kept for the backward pass but computed there again."""
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-
-
 class CausalStack(nn.Module):
     """Decoder layers of the backbone's kind + final norm + linear head.
 
@@ -121,7 +121,7 @@ class CausalStack(nn.Module):
     token-level baseline's policy: the backbone's own last layers, norm and an untied head.
     """
 
-    recompute = False       # layers in the backward pass (--recompute)
+    recompute = False       # compute layers again in the backward pass (--recompute)
 
     def __init__(self, text_config, n_layers: int, n_out: int):
         super().__init__()
@@ -275,8 +275,8 @@ def load_base(path: str | Path, dtype: torch.dtype) -> tuple:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of every parameter's first values as bfloat16: the same in any dtype and place."""
-    heads = [p.detach().flatten()[:16].to(torch.bfloat16).float().cpu() for p in model.parameters()]
-    return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]
+    first = [p.detach().flatten()[:16].to(torch.bfloat16).float().cpu() for p in model.parameters()]
+    return hashlib.sha256(torch.cat(first).numpy().tobytes()).hexdigest()[:16]
 
 
 def text_positions(x: Tensor) -> Tensor:
@@ -296,8 +296,8 @@ class Agent(nn.Module):
 
     Attributes (None until made or loaded): `projector`, `idm`, `codebook` (|C|, d), `world`,
     `policy`. `space` is "latent" (actions are codes) or "token" (the baseline, whose policy is
-    the backbone's last layers; the trunk below stays frozen). `structure` holds codes, layer
-    counts, image tokens, ablations and the base's path.
+    the backbone's last layers; the trunk below stays frozen). `structure` holds the number
+    of codes, layer counts, image tokens and ablations.
     """
 
     def __init__(self, backbone, encoder: Encoder, structure: dict):
@@ -322,9 +322,8 @@ class Agent(nn.Module):
         dtype = dtype or getattr(torch, auto if args.dtype == "auto" else args.dtype)
         path = model_root(args) / "base" if args.model == "tiny" else args.model
         model, tokenizer, processor = load_base(path, dtype)
-        structure = {name: getattr(args, name) for name in STRUCTURAL} | {"base": str(path)}
         encoder = Encoder(tokenizer, processor, model, args.image_tokens)
-        agent = cls(model.to(device), encoder, structure)
+        agent = cls(model.to(device), encoder, {name: getattr(args, name) for name in STRUCTURAL})
         agent.recompute = args.recompute
         if args.model == "tiny":                        # small enough to hash the whole file
             agent.base_hash = file_hash(path / "model.safetensors")
@@ -332,14 +331,14 @@ class Agent(nn.Module):
 
     def make(self, *names: str, seed: int = 0) -> Agent:
         """Create untrained modules by name, initialised from `seed`, fp32, trainable."""
-        n, config = self.structure, self.text_config
+        sizes, config = self.structure, self.text_config
         makers = {
             "projector": lambda: Projector(self.width),
-            "idm": lambda: CausalStack(config, n["idm_layers"], n["codes"]),
+            "idm": lambda: CausalStack(config, sizes["idm_layers"], sizes["codes"]),
             # Code vectors of unit scale: at the usual 0.02 the merge can hardly see them.
-            "codebook": lambda: nn.Embedding(n["codes"], self.width),
+            "codebook": lambda: nn.Embedding(sizes["codes"], self.width),
             "world": lambda: WorldModel(self.width, config.intermediate_size),
-            "policy": lambda: CausalStack(config, n["policy_layers"], n["codes"])}
+            "policy": lambda: CausalStack(config, sizes["policy_layers"], sizes["codes"])}
         for name in names:
             torch.manual_seed(key_seed(seed, name))
             setattr(self, name, makers[name]().to(self.device))
@@ -348,10 +347,10 @@ class Agent(nn.Module):
     def make_token_policy(self) -> Agent:
         """The token-level baseline: its policy is a copy of the backbone's last layers, norm and
         output head, fp32, untied."""
-        n, text = self.structure["policy_layers"], self.backbone.model.language_model
-        policy = CausalStack(text.config, 0, 1)
+        text, policy = self.backbone.model.language_model, CausalStack(self.text_config, 0, 1)
+        last = text.layers[-self.structure["policy_layers"]:]
         policy.layers, policy.norm, policy.rotary, policy.head = copy.deepcopy(
-            (text.layers[-n:], text.norm, text.rotary_emb, self.backbone.lm_head))
+            (last, text.norm, text.rotary_emb, self.backbone.lm_head))
         for index, layer in enumerate(policy.layers):
             layer.self_attn.layer_idx = index       # its place in a cache
         self.space, self.policy = "token", policy.float().requires_grad_(True)
@@ -376,17 +375,16 @@ class Agent(nn.Module):
         if config["space"] == "token" and self.space != "token":
             self.make_token_policy()
         for name in sorted({key.split(".")[0] for key in tensors} - set(skip)):
-            part = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
+            weights = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
             try:
                 if getattr(self, name, None) is None:
                     self.make(name)
                 module = getattr(self, name).requires_grad_(False)
                 if name == "backbone":      # the release's SFT trains and keeps a part of it
-                    part = {**module.state_dict(), **part}
-                module.load_state_dict(part)
+                    weights = {**module.state_dict(), **weights}
+                module.load_state_dict(weights)
             except (KeyError, RuntimeError) as error:
-                raise UserError(f"{path}: {name} does not fit, redo it (--fresh): {error!r:.99}"
-                                ) from None
+                raise UserError(f"{path}: {name} does not fit; redo it: {error!r:.99}") from None
         return self
 
     @classmethod
@@ -425,6 +423,7 @@ class Agent(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., d)."""
         return self.backbone.model.language_model.embed_tokens(ids)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -460,15 +459,11 @@ class Agent(nn.Module):
         return x.gather(1, batch.text_index[..., None].expand(-1, -1, x.shape[-1]))
 
     def text_states(self, tokens: Tensor) -> Tensor:
-        """The whole backbone on text alone at plain positions, in any space: token ids (B, M) ->
-        (B, M, d)."""
+        """e^T: the whole backbone on text tokens alone at plain positions, in any space. Token ids
+        (B, M) -> (B, M, d)."""
         text = self.backbone.model.language_model
         x, positions = text.embed_tokens(tokens), text_positions(tokens)
         return text.norm(run_layers(text.layers, x, text.rotary_emb, positions))
-
-    def text_embeddings(self, batch: Batch) -> Tensor:
-        """e^T of every row: its text tokens alone. (B, M, d)."""
-        return self.text_states(batch.tokens)
 
     def project(self, e: Tensor, has_image: Tensor) -> Tensor:
         """States from embeddings: e^{V,T} as it is, mu_P(e^T) for rows without an image.
@@ -537,8 +532,8 @@ class Agent(nn.Module):
             return token_logprobs(self.backbone.lm_head, x, targets, self.token_bias)
 
     def acting(self) -> Agent:
-        """This agent as rollouts run it: a policy that trains in fp32 as a copy in the backbone's
-        dtype, which `train_only` has given the others."""
+        """The agent that rollouts run: this one, but for a policy that trains in fp32, of which it
+        has a copy in the backbone's dtype (as `train_only` gives to all that is frozen)."""
         if self.policy.head.weight.dtype == self.dtype:
             return self
         agent = copy.copy(self)                     # it shares all else
@@ -566,7 +561,8 @@ class Agent(nn.Module):
 class KVCache:
     """Keys and values of a stack in buffers of fixed length: a step writes one column and reads
     a view, nothing is copied. Decoder layers of transformers accept it as their cache.
-    `real` (B, length) bool tells tokens from padding."""
+    `real` (B, length) bool tells tokens from padding; `buffers` are (2, B, heads, length, head_dim)
+    a layer, for keys and values, of which the first `end` columns are filled."""
 
     def __init__(self, real: Tensor):
         self.real, self.padded, self.buffers, self.end = real, not bool(real.all()), {}, 0
@@ -611,7 +607,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
         actions = logps.argmax(-1)
     else:
         cdf = logps.double().exp().cumsum(-1)
-        actions = torch.searchsorted(cdf, (uniform.double()[:, None] * cdf[:, -1:]), right=True)
+        actions = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
         actions = actions[:, 0].clamp(max=logits.shape[-1] - 1)
     return actions, logps.gather(1, actions[:, None])[:, 0]
 
@@ -631,7 +627,7 @@ class Group:
     finished: Tensor            # (G,) bool: ended its turn within max_new_tokens
     inputs: Tensor              # (G, T, d)
     positions: Tensor           # (G, T) of the inputs
-    prompt: Tensor              # (1, L, d) inputs before, all but the prompt's last
+    prompt: Tensor              # (1, L, d) inputs of the prompt's tokens before its last
     prompt_positions: Tensor    # (3, 1, L)
     rewards: Tensor | None = None       # (G,) of the task, once judged; NaN where that failed
 
@@ -649,8 +645,8 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     batch every `check_every` tokens, which is also the loop's only host sync.
     """
     agent, T, N = agent.acting(), max_new_tokens, len(prompts) * group
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(prompts)]
-    draws = [torch.rand(group, T, generator=generator) for generator in generators]
+    draws = [torch.rand(group, T, generator=torch.Generator().manual_seed(seed))
+             for seed in seeds or [0] * len(prompts)]
     uniform = torch.cat(draws).to(agent.device)                                     # (N, T)
 
     # Prefill: trunk and policy over each of P prompts, once for all its answers.
@@ -659,19 +655,19 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
     inputs, positions, real = agent.policy_inputs(batch, cache)     # (P, L, d), (3, P, L), (P, L)
     policy_cache = KVCache(real)
     hidden = agent.policy.hidden(inputs, positions, policy_cache)
-    row, last = torch.arange(len(prompts), device=agent.device), real.sum(1) - 1    # (P,) each
-    start = positions[0, row, last]         # a prompt ends in text, whose three positions are one
+    each, last = torch.arange(len(prompts), device=agent.device), real.sum(1) - 1   # (P,) each
+    start = positions[0, each, last]        # a prompt ends in text: its three positions are equal
 
-    # A row for each of N answers; what leaves the batch with a finished answer stands in `rows`.
+    # From here on one row per answer. `rows` holds what running answers need; finished ones leave.
     cache, policy_cache = cache.expand(group, T), policy_cache.expand(group, T)
-    rows = {"position": batch.positions[0, row, batch.lengths - 1] + 1,
+    rows = {"position": batch.positions[0, each, batch.lengths - 1] + 1,
             "policy_position": start + 1, "has_image": batch.has_image,
-            "s": inputs[row, last], "h": hidden[row, last]}
+            "s": inputs[each, last], "h": hidden[each, last]}
     rows = {name: x.repeat_interleave(group, 0) for name, x in rows.items()}
     rows["answer"] = torch.arange(N, device=agent.device)
     tokens = torch.full((N, T), agent.encoder.pad, device=agent.device)
     actions, logps = torch.zeros_like(tokens), torch.zeros(N, T, device=agent.device)
-    read = inputs.new_zeros(N, T, inputs.shape[-1])
+    read = inputs.new_zeros(N, T, inputs.shape[-1])         # by the policy, before each action
     stop_ids = agent.encoder.stop_ids.to(agent.device)
     for t in range(T):
         running, s = rows["answer"], rows["s"]
@@ -690,7 +686,7 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
                 rows, x = {name: value[keep] for name, value in rows.items()}, x[keep]
                 cache.keep(keep)
                 policy_cache.keep(keep)
-        # The next state needs the token alone; earlier keys and values are in the cache.
+        # One new token a row through trunk and policy, whose caches hold those before it.
         e = agent.trunk(agent.embed_tokens(x)[:, None], (rows["position"] + t)[:, None], cache,
                         cache.mask())
         s = agent.project(e, rows["has_image"])                                     # (n, 1, d)
@@ -699,22 +695,22 @@ def rollout(agent: Agent, prompts: list[Example], group: int, max_new_tokens: in
         rows["s"], rows["h"] = s[:, 0], h[:, 0]
 
     ends = torch.isin(tokens, stop_ids)
-    mask, groups = ends.cumsum(1) - ends.int() == 0, []     # no end stands before the token
+    mask, groups = ends.cumsum(1) - ends.int() == 0, []     # up to and including the first end
     for p in range(len(prompts)):
-        own = slice(p * group, (p + 1) * group)
-        n, L = int(mask[own].sum(1).max()), int(last[p])
-        answers = zip(tokens[own].cpu(), (mask & ~ends)[own].cpu())
-        texts = [agent.encoder.tokenizer.decode(ids[spoken]) for ids, spoken in answers]
+        answers = slice(p * group, (p + 1) * group)
+        n, L = int(mask[answers].sum(1).max()), int(last[p])
+        spoken = zip(tokens[answers].cpu(), (mask & ~ends)[answers].cpu())
+        texts = [agent.encoder.tokenizer.decode(ids[kept]) for ids, kept in spoken]
         places = (start[p] + torch.arange(n, device=agent.device)).expand(group, -1)
-        groups.append(Group(texts, tokens[own, :n], actions[own, :n], logps[own, :n],
-                            mask[own, :n], ends[own].any(1), read[own, :n], places,
+        groups.append(Group(texts, tokens[answers, :n], actions[answers, :n], logps[answers, :n],
+                            mask[answers, :n], ends[answers].any(1), read[answers, :n], places,
                             inputs[p:p + 1, :L], positions[:, p:p + 1, :L]))
     return groups
 
 
 def pack(rows: list[Example], group: int, new: int, tokens_at_once: int) -> list[list[int]]:
-    """Rows, in their order, as lists of indices: n rows x `group` answers x (longest + `new`) fit
-    the budget, or one row."""
+    """Rows in their order, as lists of indices. A list takes rows while their number x `group`
+    answers x (the longest row + `new` tokens) is within `tokens_at_once`; one row at least."""
     parts, longest = [], 0
     for i, row in enumerate(rows):
         longest = max(longest, len(row))
@@ -731,6 +727,7 @@ def replay(policy: CausalStack, group: Group) -> Tensor:
     expanded to the answers. Equals the rollout's own incremental pass (tested).
     """
     (G, T, _), L = group.inputs.shape, group.prompt.shape[1]
+    # (1, 1, T, L + T): an answer's position t sees the prompt and the answer's positions 0..t.
     mask = torch.ones(1, 1, T, L + T, dtype=torch.bool, device=group.inputs.device).tril(L)
 
     def both(layer, prompt, x):
@@ -854,10 +851,10 @@ class Rows:
     def __getitem__(self, n: int) -> dict:
         k = int(np.searchsorted(self.ends, n, side="right"))
         source, part = self.sources[k], self.parts[k]
-        raw = part[n - int(self.ends[k]) + len(part)]
+        item = part[n - int(self.ends[k])]          # below 0: counted from the source's end
         if not isinstance(source, str):
-            return raw
-        path, (line, raw) = Path(source), raw
+            return item
+        path, (line, raw) = Path(source), item
         where = f"{path}:{line}"
         if isinstance(part, np.ndarray):            # places in a JSONL file
             with open(path, "rb") as f:
@@ -901,8 +898,8 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
         picture = image if isinstance(image, Image.Image) else Image.open(file)
         if size is None:
             # A TIFF's size is that of the upright picture; PNG's own getexif would decode it.
-            lies = picture.format != "TIFF" and Image.Image.getexif(picture).get(274) in range(5, 9)
-            return picture.size if lies else picture.size[::-1]
+            turn = 0 if picture.format == "TIFF" else Image.Image.getexif(picture).get(274)
+            return picture.size if turn in range(5, 9) else picture.size[::-1]
         picture.draft("RGB", (max(size), max(size)))    # a large JPEG is decoded at a smaller scale
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                # 16 bits a pixel
@@ -1048,7 +1045,8 @@ class Encoder:
         ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
         grids = torch.tensor([self.grid(image, where) for image in row["images"]],
                              dtype=torch.long).view(-1, 3)
-        of_image, positions = ids == self.image_token, torch.arange(len(ids))[:, None].expand(-1, 3)
+        of_image = ids == self.image_token                                  # (T,) bool
+        positions = torch.arange(len(ids))[:, None].expand(-1, 3)           # (T, 3)
         if len(grids):
             repeats = torch.ones_like(ids)
             repeats[of_image] = grids.prod(-1) // self.merge ** 2
@@ -1059,9 +1057,9 @@ class Encoder:
             positions = positions[:, 0].T
         if prompt and len(ids) > self.longest:
             raise UserError(f"{where}: has {len(ids)} tokens of {self.longest} at most; shorten it")
-        index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]
+        index = (~torch.isin(ids, self.vision_ids)).nonzero()[:, 0]         # (M,) of text tokens
         predicts = torch.zeros(len(index), dtype=torch.bool)
-        predicts[:-1] = index[1:] == index[:-1] + 1          # after a vision token stands no state
+        predicts[:-1] = index[1:] == index[:-1] + 1     # not after a vision token: it has no state
         if responses_only:
             predicts[:-1] &= self.of_responses(ids.tolist())[index[1:]]
         return Example(row["id"], where, ids, positions, index, ids[index], predicts,
@@ -1072,8 +1070,8 @@ class Encoder:
         stops, answers, answering = self.stop_ids.tolist(), [], False
         for t, token in enumerate(ids):
             answers.append(answering)
-            newline = ids[max(0, t - len(self.turn)):t] == self.turn        # after the role
-            answering = newline or (answering and token not in stops)
+            after_role = ids[max(0, t - len(self.turn)):t] == self.turn     # its newline
+            answering = after_role or (answering and token not in stops)
         return torch.tensor(answers)
 
     def pixels(self, example: Example) -> Tensor:
@@ -1191,7 +1189,8 @@ class Stream:
         return [[examples[n] for n in batch if n in examples] for batch in batches]
 
     def decoding(self) -> list[Example]:
-        """The cursor's batch, its pictures on their way; none after a block's last."""
+        """The examples of the cursor's batch, their pictures handed to `decoders`; none after a
+        block's last batch."""
         batch = []
         for example in (self.batches + [[]])[self.cursor["batch"]]:
             if example.images:
@@ -1374,20 +1373,18 @@ def gather(part: dict) -> dict:
     """The union of every rank's dict, on all ranks."""
     if not dist.is_initialized():
         return part
-    parts, union = [None] * world_size(), {}
+    parts = [None] * world_size()
     dist.all_gather_object(parts, part)
-    for one in parts:
-        union |= one
-    return union
+    return reduce(dict.__or__, parts)
 
 
 def all_sum(figures: dict) -> dict:
     """Sums over all ranks of scalars and tensors by name, in float64 so that no count is rounded:
     floats for what is scalar, tensors on the CPU for the rest."""
-    mine = {name: torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
-            for name, value in figures.items()}
-    parts, sums = gather({rank(): mine}).values(), {}
-    for name in mine:
+    local = {name: torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
+             for name, value in figures.items()}
+    parts, sums = gather({rank(): local}).values(), {}
+    for name in local:
         total = sum(part[name] for part in parts)
         sums[name] = total if total.dim() else total.item()
     return sums
@@ -1457,7 +1454,7 @@ def make_parser(doc: str, defaults: dict) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of data order, noise, initial weights (default: 0)")
     add("--steps", type=int, help="optimiser steps; 0: the start, to be evaluated")
     add("--lr", type=positive, help="peak learning rate")
-    if "batch_tokens" in next(iter(table.values())):
+    if "batch_tokens" in next(iter(table.values())):        # RL counts prompts instead
         add("--batch-tokens", type=count, help="a step over all ranks, of each kind of rows")
     add("--tokens-at-once", type=count, default=16384, help="micro-batch budget: bounds memory, "
         "changes no gradient; one row or one prompt's answers at least (default: 16384)")
@@ -1576,8 +1573,7 @@ def read_config(folder) -> dict:
             raise ValueError("it is no config of a run")
         return config
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: config.json cannot be used ({error}); name a run folder, or "
-                        "start this one again with --fresh") from None
+        raise UserError(f"{folder}: config.json: {error}; name a run folder or --fresh") from None
 
 
 def fsync(path: Path):
@@ -1596,8 +1592,8 @@ def atomic(path: Path, write):
     except (OSError, RuntimeError, SafetensorError) as error:   # torch's and safetensors' own
         with contextlib.suppress(OSError):          # where nothing can be written or removed
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error!r:.90}), earlier files are intact; see "
-                        "to space and permission, then run the same command") from None
+        raise UserError(f"{path}: cannot be written ({error!r:.90}); check space and permissions, "
+                        "then run the same command: earlier files are intact") from None
 
 
 def write_text(path: Path, text: str):
@@ -1617,13 +1613,11 @@ def lock(folder: Path):
 
 
 def trained(thing) -> dict:
-    """The state of a module without its frozen parameters, or of anything else with a state."""
-    state = thing.state_dict()
+    """The parameters of a module that train, or the state of anything else that has one. (No module
+    here has a buffer that belongs to its state.)"""
     if not isinstance(thing, nn.Module):
-        return state
-    kept = [name for name, p in thing.named_parameters() if p.requires_grad]
-    kept += [name for name, _ in thing.named_buffers()]
-    return {name: state[name] for name in kept if name in state}
+        return thing.state_dict()
+    return {name: p.detach() for name, p in thing.named_parameters() if p.requires_grad}
 
 
 SAVE_SECONDS = 60            # between checkpoints
@@ -1653,17 +1647,15 @@ class Run:
         self.finished = agreed(weights.exists())        # as rank 0 has left it: the others wait
         self.config = {
             "args": {**vars(args), "dtype": str(agent.dtype).removeprefix("torch.")},
-            "data": data, "base": agent.base_hash, "space": agent.space, "parent": None,
-            "parent_sha256": None, "sha256": None, "world_size": world_size(), "argv": sys.argv,
+            "data": data, "base": agent.base_hash, "space": agent.space,
+            "parent": parent and os.path.relpath(parent, self.folder),
+            "parent_sha256": parent and read_config(parent)["sha256"],
+            "sha256": None, "world_size": world_size(), "argv": sys.argv,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-        if parent:
-            self.config["parent"] = os.path.relpath(parent, self.folder)
-            self.config["parent_sha256"] = read_config(parent)["sha256"]
         if self.finished or (self.folder / "state" / "last.pt").exists():
             had, now = self.shared(read_config(self.folder)), self.shared(self.config)
             if different := differing(had, now, had.keys() | now.keys()):
-                raise UserError(f"{self.folder} was started with other arguments ({different}); "
-                                "--name starts a variant, --fresh redoes it")
+                raise UserError(f"{self.folder} differs ({different}); --name a variant or --fresh")
         if self.finished:
             say(f"{self.folder} is finished, its tables are in report.json (--fresh redoes it)")
         elif rank() == 0:
@@ -1705,8 +1697,7 @@ class Run:
                 os.truncate(file, min(file.stat().st_size, saved["logs"].get(file.name, 0)))
         barrier()
         self.bar = tqdm(total=self.steps, initial=saved["step"], desc=self.folder.name,
-                        disable=rank() != 0 or saved["step"] == self.steps, smoothing=0.1,
-                        mininterval=1.0)
+                        disable=rank() != 0 or saved["step"] == self.steps, mininterval=1.0)
         self.began = self.saved = time.time()
         return saved["step"]
 

@@ -26,8 +26,7 @@ import sys
 
 import train_idm
 import train_projector
-from eval import (MODES, choose_splits, evaluate, load_task, task_data, task_flags,
-                  without_dimensions)
+from eval import choose_splits, evaluate, load_task, task_data, task_flags, without_dimensions
 from model import (Agent, Batch, Rows, Run, Stream, UserError, all_sum, code_usage, cosine, fill,
                    folder_of, key_seed, launch, make_parser, micro_batches, next_batches,
                    optimizer_step, predecessor, text_positions, token_counts, token_logprobs)
@@ -50,15 +49,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     task_flags(parser)
     add = parser.add_argument_group("this stage").add_argument
-    add("--stage", default="sft", choices=("bc", "sft"),
-        help="bc: corpora only; sft: then the task's demonstrations (default: sft)")
+    add("--stage", default="sft", choices=("bc", "sft"), help="corpora or task (default: sft)")
     add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
-    add("--sft", default="clone", choices=("clone", "release"),
-        help="latent SFT: clone codes (ours) or the release's way (default: clone)")
+    add("--sft", default="clone", choices=("clone", "release"), help="latent (default: clone)")
     return parser
 
 
-# ---- Losses, per labelled position: (loss, hit), (K,) each -----------------------------------
+# ---- Losses over the K positions whose next token counts: (loss, hit), (K,) each --------------
 
 
 def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
@@ -68,38 +65,28 @@ def cloning_loss(logits: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def codes_to_clone(agent: Agent, batch: Batch, states: Tensor) -> Tensor:
-    """What the policy clones, (K,): the IDM's noise-free argmax codes, or --without codebook the
-    next token's rank among the |C| likeliest."""
+    """What the policy clones from states (B, M, d): the IDM's noise-free argmax codes, (K,), or
+    --without codebook the next token's rank among the |C| likeliest."""
     if "codebook" in agent.structure["without"]:
-        return rank_of_next(agent, batch, states).int().argmax(-1)
+        return next_among_likeliest(agent, batch, states).int().argmax(-1)
     return agent.idm_logits(states)[batch.labelled()[0]].argmax(-1)
 
 
-def rank_of_next(agent: Agent, batch: Batch, states: Tensor) -> Tensor:
-    """Which of the |C| likeliest tokens is the next one, (K, |C|) bool; none in some rows."""
-    where, targets = batch.labelled()
-    return agent.likeliest(states[:, :-1][where]) == targets[:, None]
-
-
-def keep_reachable(agent: Agent, batch: Batch):
-    """--without codebook: only next tokens that are among the |C| likeliest are cloned."""
-    kept = rank_of_next(agent, batch, agent.states(batch)).any(-1)
-    batch.predicts[:, :-1].masked_scatter_(batch.predicts[:, :-1].clone(), kept)
-
-
 def code_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """L_BC, B rows -> (K,) each. A hit is a code that is the policy's likeliest too."""
+    """L_BC. A hit: the policy's likeliest code is the one to clone."""
     where, _ = batch.labelled()
-    states = agent.states(batch)
+    states = agent.states(batch)                                              # (B, M, d)
     codes = codes_to_clone(agent, batch, states)                              # (K,)
     logits = agent.policy(states, text_positions(states))[:, :-1][where]      # (K, |C|)
     return cloning_loss(logits, codes), logits.argmax(-1) == codes
 
 
 def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The release's SFT, B rows -> (K,) each: the gradient passes through frozen merge and
-    projector into the states. A hit is a token of probability above 1/2, here and below."""
+    """The release's SFT: cross-entropy of f_world under the policy's argmax codes, whose gradient
+    passes through the frozen merge and projector into the states. A hit: the next token has a
+    probability above 1/2, without a second pass over the vocabulary."""
     where, targets = batch.labelled()
+    # Not agent.states: those are detached.
     states = agent.project(agent.embeddings(batch), batch.has_image)
     with torch.no_grad():
         codes = agent.policy(states, text_positions(states))[:, :-1][where].argmax(-1)
@@ -108,14 +95,35 @@ def release_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def token_losses(agent: Agent, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The token baseline's SFT, B rows -> (K,) each: the language model's cross-entropy under the
-    masked vocabulary."""
+    """The token baseline's SFT: the language model's cross-entropy, vision tokens masked. A hit as
+    in `release_losses`."""
     where, targets = batch.labelled()
     with torch.no_grad():
         x = agent.trunk(agent.embed(batch), batch.positions)
     h = agent.at_text(agent.policy.hidden(x, batch.positions), batch)[:, :-1][where]
     logps = token_logprobs(agent.policy.head, h, targets, agent.token_bias)
     return -logps, logps.detach().exp() > 0.5
+
+
+# ---- The control without a codebook: an action is one of the |C| likeliest next tokens ---------
+
+
+def next_among_likeliest(agent: Agent, batch: Batch, states: Tensor) -> Tensor:
+    """Which of the |C| likeliest tokens is the next one: (K, |C|) bool, a row without any where the
+    next token is not among them."""
+    where, targets = batch.labelled()
+    return agent.likeliest(states[:, :-1][where]) == targets[:, None]
+
+
+def keep_reachable(agent: Agent, batch: Batch):
+    """Clone only where the next token is among the |C| likeliest: no action says another. Changes
+    `batch.predicts` in place."""
+    reachable = next_among_likeliest(agent, batch, agent.states(batch)).any(-1)     # (K,)
+    where, _ = batch.labelled()                     # a view of `predicts`
+    where[where.clone()] = reachable
+
+
+# ---- The stage --------------------------------------------------------------------------------
 
 
 def train_last_layers(agent: Agent):
@@ -129,14 +137,15 @@ def train_last_layers(agent: Agent):
 
 @torch.no_grad()
 def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[str, dict]:
-    """Held-out accuracy of the policy against the IDM's codes, and policy x world as a language
-    model, -log sum_a pi(a|s) f_world(x|s, a), beside the base model, on REPORTED / |C| tokens."""
-    report, n, head = {}, agent.structure["codes"], agent.backbone.lm_head
-    control = "codebook" in agent.structure["without"]
+    """On held-out rows: the policy's accuracy against the codes to clone; and on REPORTED / |C| of
+    their tokens the mean -log sum_a pi(a|s) f_world(x|s, a), policy x world as a language model,
+    beside the base model's -log p(x)."""
+    report, n_codes = {}, agent.structure["codes"]
+    no_codebook = "codebook" in agent.structure["without"]
     for name, examples in held.items():
         parts = []
         for batch in micro_batches(agent, examples, tokens_at_once):
-            if control:
+            if no_codebook:
                 keep_reachable(agent, batch)
             where, targets = batch.labelled()
             e = agent.embeddings(batch)
@@ -145,36 +154,36 @@ def bc_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict[
                 logits = agent.policy(states, text_positions(states))[:, :-1][where].float()
                 codes = codes_to_clone(agent, batch, states)
             parts.append((e[:, :-1][where], states[:, :-1][where], logits, codes, targets))
-        e, s, logits, codes, x = map(torch.cat, zip(*parts))                  # (K, ...) each
+        e, s, logits, codes, x = map(torch.cat, zip(*parts))  # (K, d) twice, (K, |C|), (K,) twice
         best = logits.argmax(-1)
         report[name] = {"accuracy": (best == codes).float().mean().item()}
-        if control:                                 # there is no world model
+        if no_codebook:                             # there is no world model either
             continue
         chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        chosen = chosen[:max(1, REPORTED // n)].to(agent.device)
+        chosen = chosen[:max(1, REPORTED // n_codes)].to(agent.device)
         mixture = F.log_softmax(logits[chosen], -1)                           # (tokens, |C|)
         for code, c in enumerate(agent.codebook.weight):
             mixture[:, code] += agent.world_logprobs(s[chosen], c.expand_as(s[chosen]), x[chosen])
-        base = token_logprobs(head, e[chosen], x[chosen], agent.token_bias)
+        base = token_logprobs(agent.backbone.lm_head, e[chosen], x[chosen], agent.token_bias)
         report[name] |= {"policy x world": -torch.logsumexp(mixture, -1).mean().item(),
                          "base": -base.mean().item(),
-                         **code_usage(torch.bincount(best, minlength=n))}
+                         **code_usage(torch.bincount(best, minlength=n_codes))}
     return report
 
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    token, cloning = args.action_space == "token", args.stage == "bc"
-    release, control = args.sft == "release", "codebook" in args.without and not token
-    fill(args, DEFAULTS["bc" if cloning else args.action_space])
-    if token and cloning:
+    token, bc = args.action_space == "token", args.stage == "bc"
+    release, no_codebook = args.sft == "release", "codebook" in args.without and not token
+    fill(args, DEFAULTS["bc" if bc else args.action_space])
+    if token and bc:
         raise UserError("--stage bc clones codes; the token baseline starts with its SFT")
-    if release and (token or cloning or control):
+    if release and (token or bc or no_codebook):
         raise UserError("--sft release is a latent warm start on a task, with a codebook")
-    if control and "projector" in args.without:
+    if no_codebook and "projector" in args.without:
         raise UserError("--without codebook starts from the projector: not --without projector too")
     data, parent, task = data_of(args), None, None
-    if not cloning:                                 # what is wrong with the task comes first
+    if not bc:                                      # what is wrong with the task comes first
         task, data = load_task(args), data | task_data(args)
         if not task.splits["sft"]:
             raise UserError(f"--task {args.task}: no demonstrations (split sft) to warm start on")
@@ -182,25 +191,23 @@ def main(argv=None):
     if token:
         if args.parent:
             raise UserError("--parent: the token baseline starts from the base alone")
-        agent, losses, folder = Agent.from_base(args), token_losses, f"sft-{task.name}-token"
-        agent.make_token_policy()
-    elif cloning:
-        if control:
-            parent = predecessor(args, data, "projector", train_projector)
-        else:
-            parent = predecessor(args, data, "idm", train_idm)
-        agent, losses, folder = Agent.from_base(args).load_run(parent), code_losses, "bc"
-        agent.make("policy", seed=args.seed)
+        agent = Agent.from_base(args).make_token_policy()
+        losses, stage = token_losses, f"sft-{task.name}-token"
+    elif bc:
+        before = ("projector", train_projector) if no_codebook else ("idm", train_idm)
+        parent = predecessor(args, data, *before)
+        agent = Agent.from_base(args).load_run(parent).make("policy", seed=args.seed)
+        losses, stage = code_losses, "bc"
     else:
         parent = predecessor(args, data, "bc", sys.modules[__name__], "--stage", "bc")
-        losses, folder, dtype = code_losses, f"sft-{task.name}-latent", None
+        losses, stage, dtype = code_losses, f"sft-{task.name}-latent", None
         if release:                                 # the backbone itself trains: fp32
-            losses, folder, dtype = release_losses, f"{folder}-release", torch.float32
+            losses, stage, dtype = release_losses, f"{stage}-release", torch.float32
         agent = Agent.from_base(args, dtype).load_run(parent)
-    run = Run(args, folder_of(args, folder, args.name), agent, data, parent)
+    run = Run(args, folder_of(args, stage, args.name), agent, data, parent)
     if run.finished:
         return
-    if cloning:
+    if bc:
         streams, held = corpora(args, agent.encoder)
     else:
         # The release's way fits all text of a dialogue, the others the answers alone.
@@ -210,14 +217,15 @@ def main(argv=None):
     modules = agent.train_only("backbone" if release else "policy")
     if release:
         train_last_layers(agent)
-    params = [p for p in agent.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, weight_decay=0.0)
+    trainable = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
     state = {**modules, **streams, "optimizer": optimizer}
     for step in range(run.resume(state), args.steps):
-        batches, row_ids = next_batches(agent, streams, streams, args.tokens_at_once)
-        if control:
+        batches, row_ids = next_batches(agent, streams, streams.keys(), args.tokens_at_once)
+        if no_codebook:
             for batch in batches:
                 keep_reachable(agent, batch)
+        # K of the global batch, over all ranks and micro-batches, before any backward.
         n = token_counts({"n": [batch.predicts for batch in batches]})["n"]
         totals = {"ce": 0.0, "accuracy": 0.0}
         for batch in batches:
@@ -231,10 +239,10 @@ def main(argv=None):
         figures = {name: total / n for name, total in all_sum(totals).items()}
         run.log(step, {**figures, "lr": lr, "grad_norm": norm}, "ce", "accuracy")
         run.save(step + 1, state)
-    if cloning:
+    if bc:
         run.report("policy, held out", bc_report(agent, held, args.tokens_at_once))
     elif splits := choose_splits(task, ["valid"], args.eval_prompts):
-        table, samples = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once, MODES)
+        table, samples = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once)
         run.report("reward, validation prompts", without_dimensions(task, table))
         run.append("samples.jsonl", samples[:20])
     run.finish(**modules)

@@ -61,17 +61,11 @@ def keyed_gumbel(row_ids: list[str], lengths, n: int, *keys) -> Tensor:
     lengths: positions per row -> (B, max length, n) on CPU; the same row gets the same noise
     whatever batch, micro-batch or rank it falls into.
     """
-    noise = torch.zeros(len(row_ids), max(lengths), n)
+    uniform = torch.zeros(len(row_ids), max(lengths), n)
     for b, (row_id, length) in enumerate(zip(row_ids, lengths)):
         generator = torch.Generator().manual_seed(key_seed(*keys, row_id))
-        noise[b, :length] = torch.rand(length, n, generator=generator)
-    return -torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
-
-
-def negative_entropy(logits: Tensor) -> Tensor:
-    """sum_k p_k log p_k of the noise-free code distribution per token: (K, |C|) -> (K,)."""
-    logps = F.log_softmax(logits.float(), -1)
-    return (logps.exp() * logps).sum(-1)
+        uniform[b, :length] = torch.rand(length, n, generator=generator)
+    return -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))       # finite
 
 
 def inverse_losses(agent: Agent, batch: Batch, states: Tensor,
@@ -88,7 +82,8 @@ def inverse_losses(agent: Agent, batch: Batch, states: Tensor,
         choice = straight_through(logits, noise[:, :-1][where])
         c = choice @ agent.codebook.weight                                  # (K, d)
         ce = -agent.world_logprobs(states[:, :-1][where], c, targets)       # (K,)
-    neg_entropy = negative_entropy(logits)                                  # (K,)
+    logps = F.log_softmax(logits, -1)                                       # noise-free
+    neg_entropy = (logps.exp() * logps).sum(-1)                             # (K,)
     paired = batch.has_image[:, None].expand_as(where)[where]               # (K,) bool
     term = ce + ENTROPY * neg_entropy
     losses = {"inverse_paired": term[paired].sum(), "inverse_text": term[~paired].sum()}
@@ -133,7 +128,7 @@ def idm_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -> dict
 
 def main(argv=None):
     args = fill(arguments().parse_args(argv), DEFAULTS["idm"])
-    data, parent = data_of(args), None
+    data, parent = data_of(args), None          # the projector's run, if there is one
     ensure_base(args)
     if "projector" not in args.without:
         parent = predecessor(args, data, "projector", train_projector)

@@ -32,11 +32,11 @@ from collections import defaultdict, namedtuple
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from model import (VISION_TOKENS, Agent, Batch, Encoder, Example, Projector,
-                   Qwen2VLImageProcessorPil, Rows, Run, Stream, UserError, agreed, all_sum, barrier,
-                   cosine, device_of, fill, folder_of, key_seed, launch, make_parser, micro_batches,
-                   model_root, next_batches, optimizer_step, rank, read_config, say, token_counts,
-                   token_logprobs)
+from model import (
+    VISION_TOKENS, Agent, Batch, Encoder, Example, Projector, Qwen2VLImageProcessorPil, Rows, Run,
+    Stream, UserError, agreed, all_sum, barrier, cosine, device_of, fill, folder_of, key_seed,
+    launch, make_parser, micro_batches, model_root, next_batches, optimizer_step, rank, read_config,
+    say, token_counts, token_logprobs)
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,12 @@ def projector_losses(agent: Agent, batch: Batch, e: Tensor, cycle: bool) -> dict
     """{"loss_paired": L_t2vt + L_vt2t, "loss_cycle": L_cycle} of one batch, summed over the tokens
     that `projector_masks` marks.
 
-    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others. Like
-    e^T of the former it is the frozen backbone's: no gradient.
+    e (B, M, d) from `agent.embeddings`: e^{V,T} of rows with an image, e^T of the others. All
+    embeddings are the frozen backbone's and carry no gradient. Without `cycle`, L_cycle is 0.
     """
     seen, text_only = batch.seen_image, batch.text_only & cycle               # (B, M) each
     with agent.autocast():
-        e_t = agent.text_embeddings(batch) if seen.any() else e
+        e_t = agent.text_states(batch.tokens) if seen.any() else e            # (B, M, d)
         return {"loss_paired": paired_loss(agent.projector, e[seen].float(), e_t[seen].float()),
                 "loss_cycle": cycle_loss(agent.projector, e[text_only].float())}
 
@@ -105,7 +105,7 @@ def projector_report(agent: Agent, held: dict[str, list], tokens_at_once: int) -
         parts = []
         for batch in micro_batches(agent, examples, tokens_at_once):
             where = batch.seen_image | batch.text_only                       # (B, M)
-            e, e_t = agent.embeddings(batch), agent.text_embeddings(batch)   # (B, M, d) each
+            e, e_t = agent.embeddings(batch), agent.text_states(batch.tokens)    # (B, M, d) each
             parts.append((e[where].float(), e_t[where].float()))
         e, e_t = map(torch.cat, zip(*parts))                                  # (K, d) each
         report[name] = {"cycle": F.mse_loss(P_inv.mu(P.mu(e_t)), e_t).item()}
@@ -235,7 +235,7 @@ PERSONAS = [Persona(*words) for words in (
     ("Rico", "dancer", "Feel the rhythm!", "imagine", "lively", "Dance with me!"),
     ("Miss Page", "librarian", "Quiet, please.", "read", "curious", "Return it on time."),
 )]
-WORLD = 1                  # draws who is familiar and who is held out
+WORLD = 1                  # seed of `casting`: who is familiar and who is held out
 
 # How often a slot of an answer holds the persona's own word. What is said of the picture is always
 # right: there is headroom in words, not in sight. An answer is more or less in role as a whole, by
@@ -481,18 +481,18 @@ def judge_answer(row: dict, text: str) -> dict[str, float]:
     asked = phrases["place"] == right["place"] and bool(phrases["object"]) == bool(right["object"])
     facts = [share(phrases[slot], right[slot]) for slot in ("number", "object") if right[slot]]
     correct = asked * (sum(facts) / len(facts)) ** 2
-    own = {slot: phrases[slot] == right[slot] for slot in SLOTS}
+    same = {slot: phrases[slot] == right[slot] for slot in SLOTS}
     strangers = 0
     for slot in SLOTS:
         strangers += sum(p not in (*right[slot], getattr(NEUTRAL, slot)) for p in phrases[slot])
-    role, whole = max(0.0, (sum(own.values()) - strangers) / len(SLOTS)), (1 + correct) / 2
+    role, whole = max(0.0, (sum(same.values()) - strangers) / len(SLOTS)), (1 + correct) / 2
     return {"Instruction Adherence": grammar * correct * (1 + role) / 2,
             "Fluency": grammar,
             "Coherency": grammar * (strangers == 0),
             "Image-Text Relevance": grammar * relevance,
             "Response Accuracy": grammar * correct,
-            "Personality Consistency": grammar * whole * (own["opening"] + own["closing"]) / 2,
-            "Knowledge Consistency": grammar * correct * (own["verb"] + own["adjective"]) / 2,
+            "Personality Consistency": grammar * whole * (same["opening"] + same["closing"]) / 2,
+            "Knowledge Consistency": grammar * correct * (same["verb"] + same["adjective"]) / 2,
             "Tone Consistency": grammar * whole * role}
 
 
@@ -586,9 +586,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalised(p.grad.lerp(average, group["momentum"]))
                 p.sub_(update, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 

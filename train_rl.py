@@ -13,8 +13,8 @@ Deviations: (1) the rows are the algorithms' own papers; `*_released` are what t
 these names; (2) actions are sampled and scored on the same support and temperature (release: top-32
 sampled, all 128 scored); (3) updates and reference run on the states that the rollout kept; (4)
 failed judgements are masked out of statistics, loss and denominators (release: averaged in as 0);
-(5) DAPO averages over the global batch, as its reference code, and trains on what it has at the
-refill limit; BNPO is without dual clip; (6) 5 steps of warm-up, and beta2 = .95 for `tiny`.
+(5) DAPO averages over the global batch, as its reference code does, and trains on what it has at
+the refill limit; BNPO is without dual clip; (6) 5 steps of warm-up, and beta2 = .95 for `tiny`.
 
     torchrun train_rl.py --algo dapo                      # CPU or one GPU, embedded default
     torchrun train_rl.py --algo grpo --action-space token # the token-level baseline
@@ -87,7 +87,7 @@ def arguments() -> argparse.ArgumentParser:
         help="of token losses: mean over sequences of token means, of sums / longest allowed "
         "length, or of sums; mean over all tokens, or over each rank's")
     add("--beta", type=float, help="weight of the KL to the starting policy")
-    add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="none named: neither")
+    add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="(none: neither)")
     add = parser.add_argument_group("this stage").add_argument
     add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
     add("--prompts", type=count, default=8, help="a step over all ranks (default: 8)")
@@ -95,8 +95,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=count, help="longest answer (default: the task's)")
     add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
     add("--inner-epochs", type=count, help="passes over each rollout; from two on the clip acts")
-    add("--splits", nargs="*", choices=SPLITS, help="evaluated before and after; none named: "
-        "no evaluation; tune on valid")
+    add("--splits", nargs="*", choices=SPLITS, help="evaluated before and after; tune on valid")
     return parser
 
 
@@ -104,12 +103,12 @@ def fill_algorithm(args, ranks: int = 1):
     """Fill what the flags leave open from the table's row; refuse impossible combinations."""
     for name, value in vars(ALGORITHMS[args.algo]).items():
         if getattr(args, name) is None:
-            setattr(args, name, list(value) if isinstance(value, tuple) else value)
+            setattr(args, name, value)
     if args.prompts < ranks:
         raise UserError(f"--prompts {args.prompts} is less than the {ranks} ranks; raise it")
 
 
-# ---- Rewards and advantages: pure functions -------------------------------------------------
+# ---- Rewards and advantages of P prompts with G answers each: pure functions ------------------
 
 
 def overlong_punishment(lengths: Tensor, limit: int, cache_share: float = 0.2) -> Tensor:
@@ -122,14 +121,19 @@ def overlong_punishment(lengths: Tensor, limit: int, cache_share: float = 0.2) -
 
 
 def group_moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased deviation of each group over its judged answers: (P, G) -> 2 x (P, 1).
+    """Mean and unbiased deviation of each group over its judged answers: (P, G) -> (P, 1) each.
 
     NaN marks a failed judgement. Fewer than two judged answers have deviation 0."""
-    rewards = rewards.double()                      # in fp32 equal rewards have a deviation
+    rewards = rewards.double()          # in fp32 rounding would give equal rewards a deviation
     n = (~rewards.isnan()).sum(1, keepdim=True)
     mean = rewards.nansum(1, keepdim=True) / n.clamp(min=1)
     square = ((rewards - mean) ** 2).nansum(1, keepdim=True)
     return mean, (square / (n - 1).clamp(min=1)).sqrt()
+
+
+def varies(rewards: Tensor) -> bool:
+    """Whether a group's rewards (G,) differ, so that not all its advantages are 0."""
+    return group_moments(rewards[None])[1].item() > 1e-8
 
 
 def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
@@ -171,11 +175,11 @@ def advantages(rewards: Tensor, scale: str, bounds: tuple[float, float] = (0.0, 
 
 def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tensor,
                     temperature=1.0, chunk=LOGITS_AT_ONCE) -> tuple[Tensor, Tensor]:
-    """Log-prob of each action and entropy of its distribution, in chunks of logits, under the
-    agent's own or the reference policy: h (K, d) normed hidden states, actions (K,), and the
-    temperature they were sampled at -> (K,) fp32 each."""
+    """Log-prob of each action and entropy of its distribution, (K,) fp32 each, under the agent's
+    own or the reference policy, whose normed hidden states are h (K, d); actions (K,) and the
+    temperature that sampled them. At most `chunk` logits exist at a time."""
     def piece(h, actions):
-        logits = agent.action_logits(h, policy) / temperature               # (K, n)
+        logits = agent.action_logits(h, policy) / temperature               # (K, actions)
         logps = F.log_softmax(logits, -1)
         # Detached: at an action of probability 0 its gradient is 0 x inf.
         entropy = torch.special.entr(logps.detach().exp()).sum(-1)
@@ -185,7 +189,7 @@ def action_logprobs(agent: Agent, policy: CausalStack, h: Tensor, actions: Tenso
 
 def answer_logprobs(agent: Agent, policy: CausalStack, group: Group, mask: Tensor,
                     temperature: float) -> tuple[Tensor, Tensor]:
-    """`action_logprobs` of a group's answers where the mask (G, T) is set: (K,) each."""
+    """`action_logprobs` at the K tokens of a group's answers that the mask (G, T) marks."""
     with agent.autocast():
         h = replay(policy, group)[mask]                                     # (K, d)
         return action_logprobs(agent, policy, h, group.actions[mask], temperature)
@@ -236,7 +240,7 @@ class Prompts:
 
     def __init__(self, rows: list[dict], seed: int):
         self.rows, self.seed, self.cursor, self.epoch = rows, seed, 0, None
-        self.varied = False             # have the rewards of any group differed yet?
+        self.varied = False             # did any group's rewards differ? Here, to be checkpointed
 
     def state_dict(self) -> dict:
         return {"cursor": self.cursor, "varied": self.varied}
@@ -254,8 +258,9 @@ class Prompts:
 
 
 def play(agent: Agent, task, rows: dict[int, dict], args, *key) -> dict[int, Group]:
-    """Roll out and judge this rank's rows, in parts of --tokens-at-once: place -> its group. A
-    place numbers a prompt within the step, over ranks and refills; draws are keyed by it."""
+    """Roll out and judge this rank's rows, place -> row, at most --tokens-at-once in a batch:
+    place -> group. A place numbers a prompt within the step, over ranks and refills; what is
+    sampled is keyed by `key` and the place, so it depends on neither ranks nor batches."""
     places, groups, G = list(rows), {}, args.group_size
     prompts = [agent.encoder.encode(row, prompt=True) for row in rows.values()]
     for part in pack(prompts, G, task.max_new_tokens, args.tokens_at_once):
@@ -275,72 +280,69 @@ def play(agent: Agent, task, rows: dict[int, dict], args, *key) -> dict[int, Gro
 
 def collect(agent: Agent, task, prompts: Prompts, args,
             step: int) -> tuple[dict[int, Group], dict[int, dict], list[int]]:
-    """The step's groups on this rank by place; what is known of the groups of all ranks, place ->
-    id, prompt, texts, and (G,) rewards, lengths, finished, and how often each action was taken;
-    and the places that train.
+    """Rollouts of a step: this rank's groups by place; `records` of all ranks' groups by place (id,
+    prompt, texts; rewards, lengths, finished, (G,) each; counts of the actions); and the places
+    whose groups train.
 
-    Dynamic sampling keeps groups whose task reward (before the overlong term) varies and refills
-    up to REFILLS more rounds; the same decision on every rank, surplus groups are cut.
+    Dynamic sampling trains on groups whose task reward (before the overlong term) varies and plays
+    up to REFILLS more rounds until they are enough. Every rank decides the same from the records.
     """
-    dynamic, groups, known = "dynamic-sampling" in args.extras, {}, {}
+    groups, records, dynamic = {}, {}, "dynamic-sampling" in args.extras
     for attempt in range(1 + REFILLS * dynamic):
-        rows = {len(known) + i: prompts.next() for i in range(args.prompts)}
-        mine = {place: row for place, row in rows.items() if place % world_size() == rank()}
-        played, facts = play(agent, task, mine, args, args.seed, "rl", step, attempt), {}
+        rows = {len(records) + i: prompts.next() for i in range(args.prompts)}
+        local = {place: row for place, row in rows.items() if place % world_size() == rank()}
+        played = play(agent, task, local, args, args.seed, "rl", step, attempt)
+        local_records = {}
         for place, group in played.items():
             actions = torch.bincount(group.actions[group.mask],
                                      minlength=agent.policy.head.out_features)
-            facts[place] = {
+            local_records[place] = {
                 "id": rows[place]["id"], "prompt": rows[place]["messages"][:-1],
                 "texts": group.texts, "rewards": group.rewards, "actions": actions.cpu(),
                 "lengths": group.mask.sum(1).cpu(), "finished": group.finished.cpu()}
         groups |= played
-        known |= gather(facts)
-        varied = [place for place in sorted(known) if varies(known[place]["rewards"])]
-        kept = varied if dynamic else sorted(known)
+        records |= gather(local_records)
+        varied = [place for place in sorted(records) if varies(records[place]["rewards"])]
+        kept = varied if dynamic else sorted(records)
         if len(kept) >= args.prompts:
             break
     prompts.varied |= len(varied) > 0
-    return groups, known, kept[:args.prompts]
-
-
-def varies(rewards: Tensor) -> bool:
-    """Whether a group's rewards (G,) differ, so that its advantages say anything."""
-    return group_moments(rewards[None])[1].item() > 1e-8
+    return groups, records, kept[:args.prompts]
 
 
 def update(agent: Agent, reference: CausalStack | None, optimizer, lr: float, run: Run,
-           groups: dict[int, Group], known: dict[int, dict], kept: list[int], args, task) -> dict:
-    """An optimiser step on the kept groups for each inner epoch; global figures. No step, and no
-    figures, without a token or where all advantages are 0 and no KL pulls: AdamW's momentum alone
-    would move the policy. K below are a group's loss tokens."""
+           groups: dict[int, Group], records: dict[int, dict], kept: list[int], args, task) -> dict:
+    """An optimiser step on the kept groups for each inner epoch -> figures over all ranks. No step
+    and no figures if no token counts, or if all advantages are 0 and there is no KL term: AdamW's
+    momentum alone would move the policy. K is the number of a group's loss tokens."""
     if not kept:
         return {}
-    rewards = torch.stack([known[place]["rewards"] for place in kept])                  # (P, G)
+    rewards = torch.stack([records[place]["rewards"] for place in kept])                  # (P, G)
     if "overlong" in args.extras:
-        lengths = torch.stack([known[place]["lengths"] for place in kept])
+        lengths = torch.stack([records[place]["lengths"] for place in kept])
         rewards = rewards + overlong_punishment(lengths, task.max_new_tokens)
     A = advantages(rewards, args.scale, task.bounds)                                    # (P, G)
-    parts, tokens, sequences = [], 0, 0             # this rank's: (group, its A, its loss mask)
+    parts, tokens, sequences = [], 0, 0             # of this rank: (group, its A, its loss mask)
     for place, advantage in zip(kept, A):
         if place in groups:
             judged = ~groups[place].rewards.isnan()
             mask = groups[place].mask & judged[:, None].to(agent.device)                # (G, T)
             parts.append((groups[place], advantage.to(agent.device), mask))
-            tokens, sequences = tokens + int(mask.sum()), sequences + int(mask.any(1).sum())
+            tokens += int(mask.sum())
+            sequences += int(mask.any(1).sum())
     # Denominators over all ranks, before any backward.
     n = all_sum({"sequences": sequences, "tokens": tokens})
-    if not n["tokens"] or reference is None and not A.any():
+    if not n["tokens"] or (reference is None and not A.any()):
         return {}
     n_tokens = max(1, tokens) * world_size() if args.aggregate == "local" else n["tokens"]
     totals = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "ratio_error"), 0.0)
-    old = {}
+    old = {}                                        # part -> log-probs of the first pass
     for _ in range(args.inner_epochs):
         for i, (group, advantage, mask) in enumerate(parts):
             logps, entropy = answer_logprobs(agent, agent.policy, group, mask, args.temperature)
-            old_logps = old.setdefault(i, logps.detach())       # of the first pass: ratio 1
-            answer = mask.nonzero()[:, 0]                                               # (K,)
-            loss, clipped = surrogate(logps, old_logps, advantage[answer], *args.clip)  # (K,)
+            old_logps = old.setdefault(i, logps.detach())       # the first ratio is 1
+            answer = mask.nonzero()[:, 0]           # which of the G answers a token is in: (K,)
+            losses, clipped = surrogate(logps, old_logps, advantage[answer], *args.clip)  # (K,)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 with torch.no_grad():
@@ -348,32 +350,31 @@ def update(agent: Agent, reference: CausalStack | None, optimizer, lr: float, ru
                 kl = k3(logps, ref_logps)
             weights = token_weights(args.aggregate, mask.sum(1), n["sequences"], n_tokens,
                                     task.max_new_tokens)                                # (G,)
-            loss = ((loss + args.beta * kl) * weights[answer]).sum()
+            loss = ((losses + args.beta * kl) * weights[answer]).sum()
             loss.backward()
             totals["loss"] += loss.detach()
             totals["kl"] += kl.detach().sum() / n["tokens"]
             totals["entropy"] += entropy.detach().sum() / n["tokens"]
             totals["clip_fraction"] += clipped.sum() / n["tokens"]
             totals["ratio_error"] += (old_logps - group.logps[mask]).abs().sum() / n["tokens"]
-        norm = optimizer_step(run, [optimizer], [lr], [known[place]["id"] for place in kept])
+        norm = optimizer_step(run, [optimizer], [lr], [records[place]["id"] for place in kept])
     figures = {name: total / args.inner_epochs for name, total in all_sum(totals).items()}
     return {**figures, "grad_norm": norm}
 
 
-def step_figures(known: dict[int, dict], space: str) -> dict[str, float]:
-    """Reward, variance, length, code and text diversity of all that was rolled out in a step."""
+def step_figures(records: dict[int, dict], space: str) -> dict[str, float]:
+    """Reward, variance, length, code and text diversity of all groups of a step's rollouts."""
     def stacked(name):                                                          # (P, ...)
-        return torch.stack([group[name] for group in known.values()]).double()
-    rewards, distinct = stacked("rewards"), 0.0
+        return torch.stack([record[name] for record in records.values()]).double()
+    rewards = stacked("rewards")
     judged = rewards[~rewards.isnan()]              # never empty, see `main`
-    for group in known.values():
-        distinct += len(set(group["texts"])) / len(group["texts"])
+    distinct = [len(set(record["texts"])) / len(record["texts"]) for record in records.values()]
     figures = {"reward_mean": judged.mean().item(), "reward_std": judged.std(correction=0).item(),
                "zero_variance": sum(not varies(row) for row in rewards) / len(rewards),
-               "groups_played": len(known), "judge_failed": rewards.numel() - len(judged),
+               "groups_played": len(records), "judge_failed": rewards.numel() - len(judged),
                "length": stacked("lengths").mean().item(),
                "unfinished": 1 - stacked("finished").mean().item(),
-               "distinct_answers": distinct / len(known)}
+               "distinct_answers": sum(distinct) / len(records)}
     if space == "latent":
         figures |= code_usage(stacked("actions").sum(0))
     return figures
@@ -391,8 +392,7 @@ def main(argv=None):
     parent = predecessor(args, data, warm_start, train_bc, "--action-space", args.action_space)
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
-        raise UserError(f"{parent} has no policy in {args.action_space} space; RL starts from an "
-                        "sft-* run")
+        raise UserError(f"{parent} has no policy in {args.action_space} space; name an sft-* run")
     for row in sum(task.splits.values(), []):       # a bad one is named now, not when it is reached
         agent.encoder.check(row)
     stage = f"rl-{task.name}-{args.algo}-{args.action_space}-s{args.seed}"
@@ -406,7 +406,7 @@ def main(argv=None):
     rounds = 1 + REFILLS * ("dynamic-sampling" in args.extras)
     say(f"answers to be judged: at most {rounds * args.steps * args.prompts * args.group_size} in "
         f"training, {2 * n_prompts * 5} in the evaluation before and after")
-    # The start, and the KL's reference.
+    # The policy that RL starts from: the KL's reference, and "before" in the evaluation.
     initial = copy.deepcopy(agent.policy).requires_grad_(False) if args.beta or splits else None
     reference = initial if args.beta else None
     betas = (0.9, 0.95 if args.model == "tiny" else 0.999)
@@ -414,25 +414,25 @@ def main(argv=None):
     prompts = Prompts(task.splits["rl"], args.seed)
     state = {**modules, "optimizer": optimizer, "prompts": prompts}
     for step in range(run.resume(state), args.steps):
-        began, lr = time.time(), args.lr * min(1.0, (step + 1) / WARMUP)
-        groups, known, kept = collect(agent, task, prompts, args, step)
-        rewards = torch.cat([group["rewards"] for group in known.values()])
+        began = time.time()
+        lr = args.lr * min(1.0, (step + 1) / WARMUP)
+        groups, records, kept = collect(agent, task, prompts, args, step)
+        rewards = torch.cat([record["rewards"] for record in records.values()])
         failed = int(rewards.isnan().sum())
         if failed > len(rewards) / 2:           # before anything is learnt or logged of it
             raise UserError(f"step {step}: {failed} of {len(rewards)} answers could not be judged; "
-                            "see to the judge, then run the same command again")
+                            "check the judge, then run the same command again")
         rolled = time.time()
-        figures = step_figures(known, agent.space) | {"groups": len(kept)}
-        figures |= update(agent, reference, optimizer, lr, run, groups, known, kept, args, task)
-        tokens = figures["length"] * len(rewards)
-        run.log(step, {**figures, "lr": lr, "seconds_rollout": rolled - began,
-                       "seconds_update": time.time() - rolled,
-                       "tokens_per_second": tokens / (time.time() - began)},
-                "reward_mean", "distinct_answers")
+        figures = step_figures(records, agent.space) | {"groups": len(kept)}
+        figures |= update(agent, reference, optimizer, lr, run, groups, records, kept, args, task)
+        ended = time.time()
+        figures |= {"lr": lr, "seconds_rollout": rolled - began, "seconds_update": ended - rolled,
+                    "tokens_per_second": figures["length"] * len(rewards) / (ended - began)}
+        run.log(step, figures, "reward_mean", "distinct_answers")
         if (step + 1) % SAMPLE_EVERY == 0:
-            answers = zip(known[0]["texts"], known[0]["rewards"].tolist())
+            answers = zip(records[0]["texts"], records[0]["rewards"].tolist())
             run.append("samples.jsonl", [
-                {"step": step, "prompt": known[0]["prompt"], "answer": text,
+                {"step": step, "prompt": records[0]["prompt"], "answer": text,
                  "reward": None if math.isnan(reward) else reward} for text, reward in answers])
         run.save(step + 1, state)
     if args.steps and not prompts.varied:
@@ -442,12 +442,10 @@ def main(argv=None):
         raise error
     if splits:
         say(f"evaluating the start and the trained policy on {n_prompts} fixed prompts")
-        answers = {}
-        for name, policy in (("before", initial), ("after", agent.policy)):
-            agent.policy = policy
-            _, answers[name] = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once,
-                                        modes)
-        before, after = answers["before"], answers["after"]
+        agent.policy = initial
+        _, before = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once, modes)
+        agent.policy = modules["policy"]
+        _, after = evaluate(agent.eval(), task, splits, args.seed, args.tokens_at_once, modes)
         gains = gain_table(task, before, after)
         run.report("reward", gains)
         say(f"one prompt ({before[0]['id']}): {before[0]['prompt'][-1]['content']}",
@@ -455,7 +453,7 @@ def main(argv=None):
             f"reference: {before[0]['reference']}", sep="\n  ")
         if rank() == 0:
             write_page(run.folder / "report.html", task, run.folder.name, {"reward": gains},
-                       answers, run.folder / "log.jsonl")
+                       {"before": before, "after": after}, run.folder / "log.jsonl")
     run.finish(**modules)
     say(f"next: python eval.py {run.folder} --chat, or with other runs --report page.html")
 

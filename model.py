@@ -1478,11 +1478,17 @@ def scale_of(model: str) -> str:
     return "tiny" if model == "tiny" else "full"
 
 
+def physical_cores() -> int:
+    """Cores of this machine, two threads of one counted once where Linux names them."""
+    siblings = Path("/sys/devices/system/cpu").glob("cpu*/topology/thread_siblings_list")
+    return len({file.read_text() for file in siblings}) or os.cpu_count()
+
+
 def set_threads(model: str):
-    """One thread for `tiny`, whose products are so small that threads lose time, unless the user
-    has set OMP_NUM_THREADS."""
+    """For `tiny` at most two threads, each on a core of its own, unless the user has set
+    OMP_NUM_THREADS: its products are so small that more of them, or two on one core, lose time."""
     if model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+        torch.set_num_threads(min(2, physical_cores()))
 
 
 def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:

@@ -2543,13 +2543,15 @@ def test_a_mistake_of_the_code_keeps_its_traceback():
         kit.launch(lambda argv: 1 / 0)
 
 
-def test_tiny_has_one_thread_unless_the_user_says_otherwise(monkeypatch):
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_tiny_has_at_most_two_threads_on_cores_of_their_own(monkeypatch, cores):
     numbers = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(kit, "physical_cores", lambda: cores)
     for model, environ in (("tiny", {"OMP_NUM_THREADS": "2"}), ("a/b", {}), ("tiny", {})):
         monkeypatch.setattr(os, "environ", environ)
         kit.set_threads(model)
-    assert numbers == [1]                           # of the last alone
+    assert numbers == [min(2, cores)]               # of the last alone
 
 
 @pytest.mark.parametrize("model,scale", [("tiny", "tiny"), ("a/b", "full")])

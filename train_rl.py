@@ -64,10 +64,10 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
-TINY = {"steps": 30, "lr": 2e-4, "inner_epochs": 2, "splits": ["id", "ood"]}
+TINY = {"steps": 30, "lr": 4e-4, "inner_epochs": 2, "splits": ["id", "ood"]}
 FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1, "splits": ["valid"]}
 DEFAULTS = {"latent": {"tiny": TINY, "full": FULL},
-            "token": {"tiny": {**TINY, "lr": 1.25e-4}, "full": FULL}}
+            "token": {"tiny": {**TINY, "lr": 2.5e-4}, "full": FULL}}
 REFILLS = 3                         # rounds of dynamic sampling beyond the first
 STD_EPS = 1e-4                      # added to the group's standard deviation
 WARMUP = 5                          # steps

@@ -897,9 +897,12 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
             file = io.BytesIO(base64.b64decode(image.partition(",")[2]))
         picture = image if isinstance(image, Image.Image) else Image.open(file)
         if size is None:
-            # A TIFF's size is that of the upright picture; PNG's own getexif would decode it.
-            turn = 0 if picture.format == "TIFF" else Image.Image.getexif(picture).get(274)
-            return picture.size if turn in range(5, 9) else picture.size[::-1]
+            width, height = picture.size
+            if picture.format == "TIFF":        # Pillow 11 has turned its size, 10 has not
+                width, height = picture.tag_v2[256], picture.tag_v2[257]
+            # PNG's own getexif would decode it.
+            turned = Image.Image.getexif(picture).get(274) in range(5, 9)
+            return (width, height) if turned else (height, width)
         picture.draft("RGB", (max(size), max(size)))    # a large JPEG is decoded at a smaller scale
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                # 16 bits a pixel

@@ -1491,6 +1491,20 @@ def serve(request, monkeypatch, tmp_path):
 ASKED = {**row("What is it?", "A bus."), "reference": "A bus."}
 
 
+def test_the_key_does_not_follow_a_redirect(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    library, followed = evaluation.urllib.request, []
+    redirect = library.HTTPRedirectHandler().redirect_request
+
+    def urlopen(request, timeout):
+        followed.append(redirect(request, None, 302, "", {}, "http://other.org/"))
+        raise OSError("moved")
+    monkeypatch.setattr(library, "urlopen", urlopen)
+    with refused("moved"):
+        serve()[1]([ASKED], ["fine"])
+    assert followed and "s3cret" not in str([new.header_items() for new in followed])
+
+
 def test_the_key_is_sent_and_kept_nowhere(serve, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JUDGE_API_KEY", " s3cret\n")
     server, judge = serve(lambda prompt, n: fails(400, "no s3cret") if "bad" in prompt else GOOD)
@@ -2142,12 +2156,12 @@ def test_without_codebook_an_action_is_a_rank_and_reachable_next_tokens_are_clon
 
 
 @pytest.mark.parametrize("scale,wanted", [
-    ("none", [-0.5, 0.5, 0.0, 0.0]), ("group", [-0.5 / 0.5, 0.5 / 0.5, 0.0, 0.0])])
+    ("none", [-0.5, 0.5, 0.0, 0.0]), ("group", [-0.5 / 0.5001, 0.5 / 0.5001, 0.0, 0.0])])
 def test_advantages_by_hand_of_groups_that_vary(scale, wanted):
-    """The deviation is unbiased, sqrt((.25 + .25 + 0) / 2), of judged answers alone; one of them,
-    or equal ones, say nothing. Three times .9 have a deviation in float32."""
+    """The deviation is unbiased, sqrt((.25 + .25 + 0) / 2), plus 1e-4, of judged answers alone; one
+    of them, or equal ones, say nothing. Three times .9 have a deviation in float32."""
     rewards = torch.tensor([[0.0, 1.0, 0.5, NAN], [NAN, NAN, NAN, 0.7], [0.9, 0.9, 0.9, NAN]])
-    close(train_rl.advantages(rewards, scale), [wanted, [0.0] * 4, [0.0] * 4], 1e-3)
+    close(train_rl.advantages(rewards, scale), [wanted, [0.0] * 4, [0.0] * 4])
     assert [train_rl.varies(group) for group in rewards] == [True, False, False]
 
 
@@ -2853,6 +2867,7 @@ def test_ranks_that_find_different_checkpoints_are_told(tmp_path, monkeypatch):
                                     lambda tensors, path: (path / "in a file").write_text("")])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, writer):
     kit.write_text(tmp_path / "x", "old")
+    assert len([*tmp_path.iterdir()]) == 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:

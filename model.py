@@ -69,6 +69,7 @@ from pathlib import Path
 # Read when torch loads (so the other files import this one before torch): OpenMP threads that wait
 # spin only briefly. By default any other load on the machine makes a step many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+PARENT = os.getppid()           # torchrun; read now, for it may be gone when torch has loaded
 
 import numpy as np
 import torch
@@ -1335,6 +1336,7 @@ def init_distributed(args):
         return
     if "MASTER_ADDR" not in os.environ:
         raise UserError("RANK is set and MASTER_ADDR is not: start with torchrun, or unset RANK")
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # Small counts and the judge's results travel on CPU; a slow judge must not look hung. A store
     # of its own per attempt: after torchrun's --max-restarts the last one's addresses of dead
     # workers are still in the agent's.
@@ -1343,12 +1345,11 @@ def init_distributed(args):
     store = dist.PrefixStore(f"kit {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own_rank,
                             world_size=size, timeout=hours)
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def end_with_parent(parent: int):
+def end_with_parent():
     """A worker whose torchrun is gone ends too, so that a second start does not meet it."""
-    while os.getppid() == parent:
+    while os.getppid() == PARENT:
         time.sleep(1)
     os._exit(1)
 

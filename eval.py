@@ -119,21 +119,23 @@ def parse_reply(reply: str, dimensions) -> dict[str, tuple[float, float]] | None
     text = unicodedata.normalize("NFKC", without_thoughts(reply))
     names = {unicodedata.normalize("NFKC", name).lower(): name for name in dimensions}
     any_name = "|".join(map(re.escape, names))
-    # What stands before the first name, then each name and its block by turns.
-    _, *parts = re.split(rf"^(?:[^\w\n]|[\d_])*({any_name})(?:[^\w\n:]|_)*(?::|$)", text,
-                         flags=re.I | re.M)
-    heads, scores = [head.lower() for head in parts[::2]], {}
-    if sorted(heads) != sorted(names) or len(MARK.findall(text)) != len(names):
+    heads = list(re.finditer(rf"^(?:[^\w\n]|[\d_])*({any_name})(?:[^\w\n:]|_)*(?::|$)", text,
+                             flags=re.I | re.M))
+    if not len(heads) == len(MARK.findall(text)) == len(names):
         return None
-    for head, block in zip(heads, parts[1::2]):
-        found = SCORES.search(block)
+    ends = [head.start() for head in heads[1:]] + [len(text)]       # of the blocks
+    scores = {}
+    for head, end in zip(heads, ends):
+        found = SCORES.search(text[head.end():end])
         if found is None:
             return None
         answer, reference = map(float, found.groups())
         if answer > 10 or not 0 < reference <= 10:
             return None
-        scores[names[head]] = answer, reference
-    return {name: scores[name] for name in names.values()}
+        scores[head[1].lower()] = answer, reference
+    if scores.keys() != names.keys():
+        return None
+    return {name: scores[key] for key, name in names.items()}
 
 
 def cut(rows: list, **ends: int) -> dict[str, list]:

@@ -339,7 +339,7 @@ def draw_words(persona: Persona, rng, quality: float, others: list[Persona]) -> 
     words, strangers = {}, [other for other in others if other != persona]
     in_role = rng.choice((-VOICE, VOICE))
     for i, slot in enumerate(SLOTS):
-        above = (PERSONAS.index(persona) + i) % 2 == 1      # every second slot, for every second one
+        above = (PERSONAS.index(persona) + i) % 2 == 1      # every second slot of a persona
         speaker = persona
         if rng.random() >= quality + in_role + (SPREAD if above else -SPREAD):
             speaker = NEUTRAL if rng.random() < NEUTRAL_SHARE else rng.choice(strangers)

@@ -1488,11 +1488,11 @@ def physical_cores() -> int:
     return len({file.read_text() for file in siblings}) or os.cpu_count()
 
 
-def set_threads(model: str):
+def set_threads(model: str, most: int = 2):
     """For `tiny` at most two threads, each on a core of its own, unless the user has set
     OMP_NUM_THREADS: its products are so small that more of them, or two on one core, lose time."""
     if model == "tiny" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(2, physical_cores()))
+        torch.set_num_threads(min(most, physical_cores()))
 
 
 def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:

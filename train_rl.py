@@ -34,7 +34,7 @@ from eval import (SPLITS, choose_splits, evaluate, gain_table, load_task, task_d
 from model import (LOGITS_AT_ONCE, Agent, CausalStack, Group, Run, UserError, all_sum, code_usage,
                    count, fill, folder_of, format_table, gather, in_chunks, key_seed, launch,
                    make_parser, optimizer_step, pack, positive, predecessor, rank, replay, rollout,
-                   say, world_size)
+                   say, set_threads, world_size)
 from train_projector import data_of
 
 import torch
@@ -390,6 +390,7 @@ def main(argv=None):
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     warm_start = f"sft-{task.name}-{args.action_space}"
     parent = predecessor(args, data, warm_start, train_bc, "--action-space", args.action_space)
+    set_threads(args.model, most=1)             # after the stages before: rollouts gain nothing
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; name an sft-* run")

@@ -899,7 +899,7 @@ def open_image(image, where: str, size: tuple[int, int] | None = None):
         picture = image if isinstance(image, Image.Image) else Image.open(file)
         if size is None:
             width, height = picture.size
-            if picture.format == "TIFF":        # Pillow 11 has turned its size, 10 has not
+            if picture.format == "TIFF":        # newer Pillows have turned its size, 10.4 not
                 width, height = picture.tag_v2[256], picture.tag_v2[257]
             # PNG's own getexif would decode it.
             turned = Image.Image.getexif(picture).get(274) in range(5, 9)

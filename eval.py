@@ -88,11 +88,6 @@ class Task:
         answer, reference = self.points(reply).sum(1)
         return float(answer / reference)
 
-    def overall(self, reply: str | None) -> float:
-        """Mean over dimensions of answer's score / reference's; NaN if judging failed."""
-        answer, reference = self.points(reply)
-        return float(np.mean(answer / reference))
-
 
 MARK = re.compile(r"\[\s*scores?\s*\]", re.I)
 # Two numbers that end their line. A comma without a space may be a decimal one.
@@ -679,7 +674,8 @@ def by_split_and_mode(predictions: list[dict]) -> dict[str, list[dict]]:
 
 def summarise(task: Task, predictions: list[dict]) -> dict[str, float]:
     """Figures of one split and mode from the judge's replies alone (what --rescore recomputes):
-    means over prompts and answers of reward, overall and each dimension's ratio of scores (as in
+    reward (mean over prompts of the mean over their answers); over all judged answers `overall`,
+    the mean over dimensions of answer's score / reference's, and each dimension's ratio (as in
     MMRole's published results.csv); with n > 1 answers a prompt, how overall deviates from one
     n-th of the answers to the next, the best reward of n, the share of repeated answers."""
     points = np.array([[task.points(reply) for reply in p["replies"]] for p in predictions])

@@ -25,8 +25,8 @@ Paper: "Controlling Multimodal Conversational Agents with Coverage-Enhanced Late
     in training only: inverse dynamics infers a_t from s_1..s_{t+1}, having seen x_{t+1}. It makes
     the codes (train_idm.py), the policy clones them (train_bc.py), RL trains the policy alone.
 
-States do not depend on the policy. So a rollout keeps them, and its update runs the policy module
-alone: no backbone, no vision tower, no vocabulary.
+States do not depend on the policy's weights. So a rollout keeps them, and its update runs the
+policy module alone: no backbone, no vision tower, no vocabulary.
 
 Deviations: (1) modules see the states of text tokens, at plain positions (release: all positions);
 (2) e^T is the text without the image's tokens (release: unfilled placeholders stay); (3) one merge
@@ -489,7 +489,7 @@ class Agent(nn.Module):
         """f_world(s, a) -> logits over the vocabulary, vision tokens masked.
 
         states (N, d), actions (N,) -> (N, vocab): whole rows of logits, for decoding. Losses over
-        many positions take `token_logprobs`, in chunks."""
+        many positions take `world_logprobs`, in chunks."""
         x = self.world(states, self.codebook(actions)).to(states.dtype)
         return self.backbone.lm_head(x).float() + self.token_bias
 

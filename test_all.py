@@ -1223,7 +1223,7 @@ REFUSED += [GOOD.replace("(8, 9)", numbers) for numbers in (
 
 @pytest.mark.parametrize("reply", REFUSED, ids=range(len(REFUSED)))
 def test_a_reply_in_any_other_form_is_refused_and_is_no_score(reply):
-    assert math.isnan(task_of().reward(reply)) and math.isnan(task_of().overall(reply))
+    assert math.isnan(task_of().reward(reply))
 
 
 @pytest.mark.parametrize("reply", ["d: [Scores]{}x", "d: [Scores]: (8{}x", "d: [{}Scores", "d{}x"])
@@ -1234,9 +1234,8 @@ def test_a_reply_that_loops_is_refused_at_once(reply, loop):
     assert time.perf_counter() - began < 2          # backtracking would take minutes
 
 
-def test_reward_is_a_ratio_of_sums_and_overall_a_mean_of_ratios():
+def test_reward_is_a_ratio_of_sums():
     assert task_of().reward(GOOD) == pytest.approx((8 + 7.5) / (9 + 10))
-    assert task_of().overall(GOOD) == pytest.approx((8 / 9 + 7.5 / 10) / 2)
 
 
 # ---- eval.py: tasks --------------------------------------------------------------------------

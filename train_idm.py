@@ -5,10 +5,11 @@ which of |C| codes led from token to token; the world model must predict the nex
 current state and that code, so the code has to carry what the state leaves open:
 
     a_t ~ GumbelSoftmax(IDM(s_1..s_{t+1})),  c_t = C[a_t]            (straight-through, tau = 2)
-    L_inverse = CE(x_{t+1}; f_world(s_t, c_t)), paired + text-only, + 1e-3 sum_k p_k log p_k
+    L_inverse = CE(x_{t+1}; f_world(s_t, a_t)) + 1e-3 sum_k p_k log p_k,     p = softmax(IDM)
 
-L_inverse trains IDM, codebook and merge. P and P' go on training beside it with their own
-optimiser and losses (train_projector.py); states enter L_inverse detached, so it never reaches P.
+averaged over the paired tokens, plus the same over the text-only ones. L_inverse trains IDM,
+codebook and merge. P and P' go on training beside it with their own optimiser and losses
+(train_projector.py); states enter L_inverse detached, so it never reaches P.
 
 Deviations: (1) no paired-only phase unless --paired-steps (release: an epoch); (2) the noise is
 keyed by row and step, so no split over ranks or batches changes a gradient; (3) vision tokens are

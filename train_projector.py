@@ -51,7 +51,7 @@ DEFAULTS = {"projector": {"tiny": {"steps": 150, "lr": 2e-3, "batch_tokens": 204
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, DEFAULTS)
     add = parser.add_argument_group("this stage").add_argument
-    add("--paired-steps", type=int, help="of step 1, before text-only rows join (default: half)")
+    add("--paired-steps", type=int, help="on paired rows alone, the paper's step 1 (default: half)")
     return parser
 
 
@@ -59,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def gaussian_nll(mu: Tensor, log_var: Tensor, target: Tensor) -> Tensor:
-    """-log N(target; mu, exp(log_var)) up to constants, mean over d: (K, d) x 3 -> (K,).
+    """-2 log N(target; mu, exp(log_var)) without its log 2 pi, mean over d: (K, d) x 3 -> (K,).
 
     (mu - target)^2 exp(-log var) + log var; the target carries no gradient.
     """

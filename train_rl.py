@@ -4,17 +4,20 @@ Paper, section 4. A rollout takes a_t ~ pi(. | s_1..s_t) and x_{t+1} = argmax f_
 until the end of turn; the judge's reward r of the finished text trains the policy's layers, norm
 and head, and nothing else. Per token, with ratio rho = pi(a_t) / pi_old(a_t) and advantage A:
 
-    loss = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || pi_start)
+    loss = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || pi_start)     (KL: `k3`)
 
 GRPO, Dr.GRPO, DAPO and BNPO are rows of one table, ALGORITHMS. Every entry is a flag, so an
-ablation is a flag and a new algorithm is a row.
+ablation is a flag and a new algorithm is a row. DAPO in full: A = (r' - mean) / std of a group,
+r' = r + overlong term; low .2, high .28; the loss is averaged over all tokens of the step; groups
+whose r are equal are replaced by new ones.
 
 Deviations: (1) the rows are the algorithms' own papers; `*_released` are what the release ran under
 these names; (2) actions are sampled and scored on the same support and temperature (release: top-32
 sampled, all 128 scored); (3) updates and reference run on the states that the rollout kept; (4)
 failed judgements are masked out of statistics, loss and denominators (release: averaged in as 0);
 (5) DAPO averages over the global batch, as its reference code does, and trains on what it has at
-the refill limit; BNPO is without dual clip; (6) 5 steps of warm-up, and beta2 = .95 for `tiny`.
+the refill limit; BNPO is without dual clip; GRPO's KL weighs .01, as in the release (its paper:
+.04); (6) 5 steps of warm-up, and beta2 = .95 for `tiny`.
 
     torchrun train_rl.py --algo dapo                      # CPU or one GPU, embedded default
     torchrun train_rl.py --algo grpo --action-space token # the token-level baseline
@@ -49,7 +52,7 @@ class Algorithm:
     clip: tuple[float, float]       # low, high: the ratio stays in [1 - low, 1 + high]
     aggregate: str                  # sequence, length, tokens, sum or local (`token_weights`)
     beta: float = 0.0               # weight of the KL to the starting policy
-    extras: tuple[str, ...] = ()    # dynamic-sampling: refill groups without variance;
+    extras: tuple[str, ...] = ()    # dynamic-sampling: replace groups of equal rewards;
                                     # overlong: soft punishment of overlong answers
 
 
@@ -140,7 +143,8 @@ def beta_weights(p: Tensor, all_p: Tensor) -> Tensor:
     """BNPO's normaliser 1 / BetaPdf(p; alpha, beta) (2506.02864, reference code).
 
     p (P, 1) group means in [0, 1]; all_p (Q,) the means of all prompts of the global batch, whose
-    moments give a, b by the method of moments, alpha = max(1, 1 + a/3), beta = max(1, 1 + b/3).
+    mean m and variance v give a = c m and b = c (1 - m), c = m (1 - m) / v - 1 (the method of
+    moments); alpha = max(1, 1 + a/3), beta = max(1, 1 + b/3).
     Where no Beta fits (one prompt, no variance) the weight is 1; at most 1e6.
     """
     m, v = all_p.mean(), all_p.var(correction=min(1, len(all_p) - 1))

@@ -83,6 +83,11 @@ class Task:
             return np.full((2, len(self.dimensions)), np.nan)
         return np.array(list(scores.values())).T
 
+    def check(self, encoder):
+        """Name a row that cannot be encoded now, not when it is reached."""
+        for row in sum(self.splits.values(), []):
+            encoder.check(row)
+
     def reward(self, reply: str | None) -> float:
         """Sum of the answer's scores / sum of the reference's; NaN if judging failed."""
         answer, reference = self.points(reply).sum(1)
@@ -192,8 +197,8 @@ def load_task(args) -> Task:
         task.judge, task.dimensions = JUDGES.get(task.name, OVERLAP)     # a user's, or the default
         task.bounds = (0.0, 1.0)
         say(f"judge of {task.name}: {task.judge.__name__} (no --judge-url)")
-    times = Counter()                               # how often an id has come
-    for row in sum(task.splits.values(), []):
+    times, rows = Counter(), sum(task.splits.values(), [])      # times: how often an id has come
+    for row in rows:
         if args.task != "mini":
             row["reference"] = row["messages"][-1]["content"]
         times[row["id"]] += 1
@@ -201,6 +206,11 @@ def load_task(args) -> Task:
             row["id"] += f"~{times[row['id']]}"
         for image in row["images"]:
             open_image(image, row.get("where", row["id"]))
+    if not args.judge_url:                          # a function: is its reply one we can read?
+        reply = task.judge(rows[:1], [rows[0]["reference"]])[0]
+        if reply is not None and np.isnan(task.reward(reply)):
+            raise UserError(f"{task.judge.__name__}: its reply {reply!r:.200} does not score "
+                            f"{', '.join(task.dimensions)} as README, Your task, says")
     return task
 
 
@@ -216,9 +226,11 @@ def file_task(file: str, image_root=None) -> Task:
     for row in Rows([file], image_root):
         where, (*prompt, last) = row["where"], row["messages"]
         roles = [message["role"] for message in prompt]
-        if last["role"] != "assistant" or "<image>" in last["content"] or "user" not in roles:
+        reference = last["content"].strip()
+        if last["role"] != "assistant" or "user" not in roles or not reference \
+                or "<image>" in reference:
             raise UserError(f"{where}: the last message must be the assistant's, the reference, "
-                            "without an image and after a user's")
+                            "not empty, without an image and after a user's")
         names = row.get("dimensions", list(dimensions or DIMENSIONS))
         distinct = isinstance(names, list) and {name.lower() for name in names if is_line(name)}
         if not distinct or len(distinct) < len(names) or names != list(dimensions or names):
@@ -837,7 +849,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--temperature", type=positive, help="of these (default: the run's; paper: 0.1)")
     add("--max-new-tokens", type=count, help="longest answer (default: the run's)")
     add("--seed", type=int, default=0, help="of the sampled answers")
-    add("--rescore", metavar="FILE", help="all figures of a predictions.jsonl from its replies")
+    add("--rescore", nargs="+", metavar="FILE", help="predictions.jsonl: figures of its replies")
     add("--make-references", metavar="FOLDER", help="PCogAlignBench's, by the judge's model")
     add("--report", metavar="FILE", help="a page of all these runs beside each other")
     add("--chat", action="store_true", help="talk to RUN in the terminal")
@@ -859,7 +871,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     init_distributed(args)
     if args.rescore:
-        return rescore(args.rescore)
+        return [rescore(file) for file in args.rescore]
     if args.make_references:
         return make_references(args) if rank() == 0 else None
     folders = [Path(os.path.abspath(run)) for run in args.runs]

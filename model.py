@@ -1542,7 +1542,7 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
     """The finished run of `stage` that this one starts from: as it stands, run first (`tiny`), or
     an error that prints its command. It must have this run's structure, ablations and data;
     its steps, learning rate and seed are its own, and with --parent its task."""
-    folder = Path(args.parent or folder_of(args, stage))
+    folder, script = Path(args.parent or folder_of(args, stage)), Path(module.__file__).name
     if agreed((folder / "model.safetensors").exists()):
         config = read_config(folder)
         compared = {*STRUCTURAL} | config["data"].keys() & data.keys()
@@ -1550,7 +1550,8 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
             compared.discard("task")
         had, now = config["args"] | config["data"], vars(args) | data
         if different := differing(had, now, compared):
-            raise UserError(f"{folder} differs ({different}); --fresh or another --run-root")
+            raise UserError(f"{folder} differs ({different}); run {script} with --fresh, or take "
+                            "another --run-root")
         return folder
     if args.parent:
         raise UserError(f"--parent {folder}: no finished run there (model.safetensors)")
@@ -1562,7 +1563,6 @@ def predecessor(args, data: dict, stage: str, module, *flags: str) -> Path:
             argv.append("--" + name.replace("_", "-"))
             if value is not True:
                 argv += value if isinstance(value, list) else [str(value)]
-    script = Path(module.__file__).name
     if args.model != "tiny":
         raise UserError(f"{folder} is missing; run first: {shlex.join(['python', script, *argv])}")
     say(f"{folder} is missing or unfinished: running {script} first")
@@ -1675,7 +1675,7 @@ class Run:
     def shared(config: dict) -> dict:
         """What the two configs of a run that goes on must share."""
         args = {name: value for name, value in config["args"].items() if name not in NOT_COMPARED}
-        args |= {name: config[name] for name in ("data", "base", "parent_sha256")}
+        args |= config["data"] | {name: config[name] for name in ("base", "parent_sha256")}
         return json.loads(json.dumps(args))             # tuples as lists
 
     def write_config(self):
@@ -1758,6 +1758,7 @@ class Run:
 
         def write(path):
             save_file(tensors, path)
+            shutil.copymode(self.folder / "config.json", path)      # safetensors' own is 0600
             self.config["sha256"] = file_hash(path)
             self.write_config()
         if rank() == 0:

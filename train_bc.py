@@ -197,6 +197,8 @@ def main(argv=None):
         before = ("projector", train_projector) if no_codebook else ("idm", train_idm)
         parent = predecessor(args, data, *before)
         agent = Agent.from_base(args).load_run(parent).make("policy", seed=args.seed)
+        if agent.idm is None and not no_codebook:
+            raise UserError(f"{parent} has no inverse dynamics; name an idm run")
         losses, stage = code_losses, "bc"
     else:
         parent = predecessor(args, data, "bc", sys.modules[__name__], "--stage", "bc")
@@ -204,6 +206,10 @@ def main(argv=None):
         if release:                                 # the backbone itself trains: fp32
             losses, stage, dtype = release_losses, f"{stage}-release", torch.float32
         agent = Agent.from_base(args, dtype).load_run(parent)
+        if agent.policy is None or agent.space != "latent":
+            raise UserError(f"{parent} has no policy in latent space; name a bc or sft-* run")
+    if task:
+        task.check(agent.encoder)
     run = Run(args, folder_of(args, stage, args.name), agent, data, parent)
     if run.finished:
         return

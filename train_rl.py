@@ -67,6 +67,9 @@ ALGORITHMS = {
     "dapo_released": Algorithm("group", (0.2, 0.2), "tokens", beta=0.01),
     "bnpo_released": Algorithm("group", (0.2, 0.2), "local", beta=0.01),
 }
+SCALES = ("group", "none", "beta")
+AGGREGATES = ("sequence", "length", "tokens", "sum", "local")
+EXTRAS = ("dynamic-sampling", "overlong")
 TINY = {"steps": 30, "lr": 4e-4, "inner_epochs": 2, "splits": ["id", "ood"]}
 FULL = {"steps": 100, "lr": 1e-6, "inner_epochs": 1, "splits": ["valid"]}
 DEFAULTS = {"latent": {"tiny": TINY, "full": FULL},
@@ -84,13 +87,13 @@ def arguments() -> argparse.ArgumentParser:
     task_flags(parser)
     add = parser.add_argument_group("algorithm, and what replaces its entries").add_argument
     add("--algo", default="grpo", choices=tuple(ALGORITHMS), help="(default: grpo)")
-    add("--scale", choices=("group", "none", "beta"), help="of the advantage")
+    add("--scale", choices=SCALES, help="of the advantage")
     add("--clip", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of the ratio")
-    add("--aggregate", choices=("sequence", "length", "tokens", "sum", "local"),
+    add("--aggregate", choices=AGGREGATES,
         help="of token losses: mean over sequences of token means, of sums / longest allowed "
         "length, or of sums; mean over all tokens, or over each rank's")
     add("--beta", type=float, help="weight of the KL to the starting policy")
-    add("--extras", nargs="*", choices=("dynamic-sampling", "overlong"), help="(none: neither)")
+    add("--extras", nargs="*", choices=EXTRAS, help="(none: neither)")
     add = parser.add_argument_group("this stage").add_argument
     add("--action-space", default="latent", choices=("latent", "token"), help="(default: latent)")
     add("--prompts", type=count, default=8, help="a step over all ranks (default: 8)")
@@ -107,6 +110,10 @@ def fill_algorithm(args, ranks: int = 1):
     for name, value in vars(ALGORITHMS[args.algo]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    unknown = {args.scale, args.aggregate, *args.extras} - {*SCALES, *AGGREGATES, *EXTRAS}
+    if unknown:
+        raise UserError(f"ALGORITHMS: {args.algo} has {', '.join(sorted(unknown))}, none of "
+                        f"{', '.join(SCALES + AGGREGATES + EXTRAS)}")
     if args.prompts < ranks:
         raise UserError(f"--prompts {args.prompts} is less than the {ranks} ranks; raise it")
 
@@ -398,9 +405,9 @@ def main(argv=None):
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; name an sft-* run")
-    for row in sum(task.splits.values(), []):       # a bad one is named now, not when it is reached
-        agent.encoder.check(row)
+    task.check(agent.encoder)
     stage = f"rl-{task.name}-{args.algo}-{args.action_space}-s{args.seed}"
+    data["judge"] = task.judge.__name__
     run = Run(args, folder_of(args, stage, args.name), agent, data, parent)
     if run.finished:
         return

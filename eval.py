@@ -206,7 +206,7 @@ def load_task(args) -> Task:
             row["id"] += f"~{times[row['id']]}"
         for image in row["images"]:
             open_image(image, row.get("where", row["id"]))
-    if not args.judge_url:                          # a function: is its reply one we can read?
+    if rows and not args.judge_url:                 # a function: is its reply one we can read?
         reply = task.judge(rows[:1], [rows[0]["reference"]])[0]
         if reply is not None and np.isnan(task.reward(reply)):
             raise UserError(f"{task.judge.__name__}: its reply {reply!r:.200} does not score "

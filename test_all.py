@@ -3201,9 +3201,10 @@ def edit(file, *rows):
 
 BAD_RL = "train_rl FILES TASK RL --algo grpo --name bad"
 BAD_FILES = "train_projector --name bad --paired"
+LITERAL = edit("task.jsonl", asks("<|im_end|>", split="rl"), asks(split="sft"))
 BAD = [
     (edit("task.jsonl", asks("<image>?", images=["no.png"])), BAD_RL, r"task\.jsonl:1.*no\.png"),
-    (edit("task.jsonl", asks(split="sft")), BAD_RL, r"task\.jsonl.*split rl"),
+    (edit("task.jsonl"), BAD_RL, r"task\.jsonl.*split rl"),
     (None, f"{BAD_RL} --parent runs/tiny/idm", "tiny/idm has no policy.*sft"),
     (None, f"{BAD_RL} --parent runs/tiny/sft-task-token", "no policy in latent space.*sft"),
     (None, f"{BAD_FILES} p.jsonl", "--text.*--without text"),
@@ -3214,10 +3215,9 @@ BAD = [
     (None, "train_bc FILES --task mmrole --task-root no --name bad", "--task mmrole: .*/no"),
     (None, "train_bc FILES TASK --name bad --parent runs/tiny/idm", "no policy in latent.*bc"),
     (None, "train_bc FILES --stage bc --name bad --parent runs/tiny/projector", "no inverse.*idm"),
-    (edit("task.jsonl", asks("<|im_end|>", split="rl"), asks(split="sft")),
-     "train_bc FILES TASK --name bad", r"task\.jsonl:1.*literal"),
-    (lambda: evaluation.JUDGES.pop("task"), "train_rl FILES TASK RL --algo grpo",
-     "judge: <lambda> -> judge_by_overlap.*--name"),
+    (LITERAL, "train_bc FILES TASK --name bad", r"task\.jsonl:1.*literal"),
+    (LITERAL, f"{BAD_RL} --parent runs/tiny/sft-task-latent", r"task\.jsonl:1.*literal"),
+    (lambda: evaluation.JUDGES.pop("task"), BAD_RL.removesuffix(" --name bad"), "judge: .*overlap"),
     (lambda: evaluation.JUDGES.update(task=by_place(11)), BAD_RL, r"reply 'Wit.*11, 10.*score Wit"),
     (None, f"{BAD_RL} --judge-url http://127.0.0.1:9/v1", "--judge-url.*--judge-model"),
     (lambda: os.environ.update(RANK="0"), BAD_RL, "MASTER_ADDR.*torchrun"),

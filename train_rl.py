@@ -401,13 +401,13 @@ def main(argv=None):
         raise UserError(f"--task {args.task}: no prompts to train on (split rl)")
     warm_start = f"sft-{task.name}-{args.action_space}"
     parent = predecessor(args, data, warm_start, train_bc, "--action-space", args.action_space)
-    set_threads(args.model, most=1)             # after the stages before: rollouts gain nothing
+    set_threads(args.model, most=1)     # behind other stages in one process two made it slower
     agent = Agent.from_base(args).load_run(parent, skip=("idm",))
     if agent.policy is None or agent.space != args.action_space:
         raise UserError(f"{parent} has no policy in {args.action_space} space; name an sft-* run")
     task.check(agent.encoder)
     stage = f"rl-{task.name}-{args.algo}-{args.action_space}-s{args.seed}"
-    data["judge"] = task.judge.__name__
+    data["judge"] = task.judge.__name__         # another reward is another run
     run = Run(args, folder_of(args, stage, args.name), agent, data, parent)
     if run.finished:
         return

@@ -3201,7 +3201,7 @@ def edit(file, *rows):
 
 BAD_RL = "train_rl FILES TASK RL --algo grpo --name bad"
 BAD_FILES = "train_projector --name bad --paired"
-LITERAL = edit("task.jsonl", asks("<|im_end|>", split="rl"), asks(split="sft"))
+LITERAL = edit("task.jsonl", asks("<|im_end|>", split="id"), asks(split="sft"), asks(split="rl"))
 BAD = [
     (edit("task.jsonl", asks("<image>?", images=["no.png"])), BAD_RL, r"task\.jsonl:1.*no\.png"),
     (edit("task.jsonl"), BAD_RL, r"task\.jsonl.*split rl"),
